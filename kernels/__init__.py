@@ -1,0 +1,35 @@
+"""vitfast's kernels: one file per op, each a `torch.library` operator.
+
+Every name here is a plain function of tensors. On CUDA it launches a Triton kernel, on CPU it runs the same
+function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRET=1` was set before import).
+"""
+
+if __name__ != "vitfast.kernels":
+    # with the repository root on `sys.path` a bare `import kernels` finds this folder; it belongs to another
+    # PyPI package, and libraries that probe for that one expect an ImportError
+    raise ImportError("this folder is 'vitfast.kernels'; it cannot be imported as 'kernels'")
+
+from ._op import INTERPRET
+from .attention import attention, attention_qkv, attention_ref
+from .layer_norm import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
+from .linear import ACTIVATIONS, linear, linear_ref
+from .mlp import mlp, mlp_ref
+from .patch_embed import patch_embed, patch_embed_ref
+
+__all__ = [
+    "ACTIVATIONS",
+    "INTERPRET",
+    "add_layer_norm",
+    "add_layer_norm_ref",
+    "attention",
+    "attention_qkv",
+    "attention_ref",
+    "layer_norm",
+    "layer_norm_ref",
+    "linear",
+    "linear_ref",
+    "mlp",
+    "mlp_ref",
+    "patch_embed",
+    "patch_embed_ref",
+]

@@ -1,0 +1,135 @@
+"""`kernel_op`: the only file that knows `torch.library`.
+
+An op is whole when it works in eager mode, under `torch.compile(fullgraph=True)`, `torch.export`, autograd and
+`opcheck`. `kernel_op` gives it all of that from three functions: `check` (the arguments), `reference` (the
+same function in torch's calls) and the decorated one (allocate, launch).
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import HAS_TRITON
+
+# triton reads this variable when a kernel is decorated, so it is a fact of the process
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def kernel_op(
+    name: str, *, reference: Callable[..., Any], check: Callable[..., None]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make an operator of a function that launches Triton kernels.
+
+    CUDA tensors go to the decorated function. CPU tensors go to `reference`, or to the decorated function under
+    Triton's interpreter. `reference` is the fake kernel too, so shapes and dtypes come from it. `check` runs in
+    front of each of them, with the same arguments.
+
+    In eager mode on CPU the reference is called as it is, without crossing `torch.library`: the crossing costs
+    10 to 70 us a call, and torch's own autograd of the reference is the better backward there.
+
+    Args:
+        name: `"vitfast::<op>"`.
+        reference: same signature as the decorated function, in torch's own calls, returning fresh tensors.
+        check: same signature; raises `ValueError` or `TypeError`.
+
+    Returns:
+        A decorator. What it returns takes positional arguments only and carries the operator as `.op` and the
+        checked launch as `.launch`.
+    """
+
+    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(implementation: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(implementation)
+            def run(*args: Any) -> Any:
+                check(*args)
+                return implementation(*args)
+
+            return run
+
+        launched = checked(launch)
+        referred = checked(reference)
+        op = torch.library.custom_op(name, launched, mutates_args=(), device_types="cuda")
+        op.register_kernel("cpu")(launched if INTERPRET else referred)
+        op.register_fake(referred)
+
+        @functools.wraps(launch)
+        def call(*args: Any) -> Any:
+            if args[0].device.type == "cpu" and not INTERPRET and not torch.compiler.is_compiling():
+                return referred(*args)
+            return op(*args)
+
+        call.op = op  # type: ignore[attr-defined]
+        call.launch = launched  # type: ignore[attr-defined]
+        return call
+
+    return register
+
+
+def autocast(x: Tensor, *tensors: Tensor | None, to: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
+    """Cast floating-point arguments the way torch's autocast would; without autocast, return them as they are.
+
+    Args:
+        x: decides the device type; it is the first of the returned tensors.
+        tensors: further arguments, `None` passes through.
+        to: the dtype; default autocast's own (`torch.get_autocast_dtype`).
+    """
+    kind = x.device.type
+    # asking about a device type that has no autocast (meta) is an error in torch
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return (x, *tensors)
+    dtype = to or torch.get_autocast_dtype(kind)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+        for t in (x, *tensors)
+    )
+
+
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Raise unless all tensors are on one device, in a dtype that the op takes there.
+
+    Raises:
+        ValueError: two tensors are on different devices.
+        TypeError: a dtype is not float16, bfloat16 or float32 (float64 too on CPU).
+    """
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            device, first = tensor.device, name
+        elif tensor.device != device:
+            raise ValueError(f"{op}: '{name}' is on {tensor.device}, but '{first}' is on {device}; expected one device")
+        if tensor.dtype not in KERNEL_DTYPES and (tensor.dtype != torch.float64 or tensor.is_cuda or INTERPRET):
+            raise TypeError(
+                f"{op}: '{name}' has dtype {tensor.dtype}; expected float16, bfloat16 or float32"
+                " (float64 on CPU only)"
+            )
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, *shape: int) -> None:
+    """Raise `ValueError` unless `tensor` is None or has exactly `shape`."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: '{name}' has shape {list(tensor.shape)}; expected {list(shape)}")
+
+
+def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Raise `TypeError` unless all tensors have the first one's dtype."""
+    (first, reference), *rest = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    for name, tensor in rest:
+        if tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{op}: '{name}' has dtype {tensor.dtype}, but '{first}' has {reference.dtype}; expected one dtype"
+            )
+
+
+def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
+    """`input_precision` for `tl.dot`: tf32 only for fp32 operands and only where it is allowed, else exact."""
+    if dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.allow_tf32):
+        return "tf32"
+    return "ieee"

@@ -1,0 +1,393 @@
+"""Softmax attention for sequences of ViT length.
+
+    o = softmax(scale * q k^T + bias) v
+
+q is `[B, H, N, d]`, k and v `[B, H, S, d]`, bias anything that broadcasts to `[B, H, N, S]`, o `[B, H, N, d]` laid out as
+`[B, N, H, d]`, so that merging the heads is free. q, k and v are read through their strides: the packed output of a
+qkv projection, `[B, N, 3, H, d]`, goes in as it is. d is any size up to 256, N and S are any size.
+
+Scores, softmax and accumulator are fp32; the softmax runs in base 2 with log2(e) folded into the scale. Where S fits one
+tile (up to 256 keys on sm_90: every ViT at 224 with patches of 16) K and V are read once and the softmax is the plain
+one; else the online form rescales tile by tile. A head dim that is no power of two is split into the largest power of
+two below it and a tail (72 = 64 + 8, tail tile 16), since padding 72 to 128 would compute and hold 78 % more.
+
+FLOPs: 4*B*H*N*S*d. Bytes of e-byte elements: B*H*(2*N + 2*S)*d*e. At N = S = 197, d = 64, bf16 that is N/2 = 98 FLOP a byte:
+bound by memory on every GPU since Volta. Unfused, the N x S scores alone add 4*B*H*N*S*e bytes.
+
+Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), equations 5 to 8; the online softmax is
+Milakov and Gimelshein (arXiv 1805.02867), algorithm 3; its tiling Dao et al., "FlashAttention" (arXiv 2205.14135),
+algorithm 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._config import arch, lookup
+from ._op import autocast, check_same_dtype, check_tensors, dot_precision, kernel_op
+from ._triton import cdiv, next_power_of_2, tl, triton
+
+MAX_HEAD_DIM = 256
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> Tensor:
+    """`[B, N, H, d]` in torch's own calls. `tf32` chooses a kernel's arithmetic and has no meaning here."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2).contiguous()
+
+
+@triton.jit
+def _load_rows(ptr, rows, n_rows, stride_row, cols, D: tl.constexpr):
+    # [rows, cols], zero past the last row and past the head dim
+    mask = (rows < n_rows)[:, None] & (cols < D)[None, :]
+    return tl.load(ptr + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(
+    q,
+    q_tail,
+    k_ptr,
+    bias_ptr,
+    rows,
+    keys,
+    N,
+    S,
+    stride_ks,
+    stride_bias_n,
+    stride_bias_s,
+    scale_log2,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+):
+    # [BLOCK_M, BLOCK_S] in base 2: log2(e) * (scale * q k^T + bias), -inf past the last key
+    k = _load_rows(k_ptr, keys, S, stride_ks, tl.arange(0, D_MAIN), D)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if D_TAIL > 0:
+        k_tail = _load_rows(k_ptr, keys, S, stride_ks, D_MAIN + tl.arange(0, D_TAIL), D)
+        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+    scores *= scale_log2
+    if bias_ptr is not None:
+        mask = (rows < N)[:, None] & (keys < S)[None, :]
+        bias = tl.load(bias_ptr + rows[:, None] * stride_bias_n + keys[None, :] * stride_bias_s, mask=mask, other=0.0)
+        scores += bias.to(tl.float32) * 1.4426950408889634
+    return tl.where((keys < S)[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _row_max(scores, bias_ptr):
+    # a row that a bias masks entirely has no maximum; with 0 in its place its probabilities come out 0, not NaN
+    top = tl.max(scores, axis=1)
+    if bias_ptr is not None:
+        top = tl.where(top == float("-inf"), 0.0, top)
+    return top
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    o_ptr,
+    H,
+    N,
+    S,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_n,
+    stride_bias_s,
+    scale_log2,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    # programs of one head are neighbours, so that its K and V stay in L2
+    tiles_m = tl.cdiv(N, BLOCK_M)
+    tile_m = tl.program_id(0) % tiles_m
+    head = (tl.program_id(0) // tiles_m) % H
+    batch = (tl.program_id(0) // tiles_m // H).to(tl.int64)
+    head = head.to(tl.int64)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    main = tl.arange(0, D_MAIN)
+    # triton knows of a stride only whether 16 divides it; head dims of 72 or 88 are 16-byte aligned without that
+    q_ptr += tl.multiple_of(batch * stride_qb + head * stride_qh, ALIGN)
+    k_ptr += tl.multiple_of(batch * stride_kb + head * stride_kh, ALIGN)
+    v_ptr += tl.multiple_of(batch * stride_vb + head * stride_vh, ALIGN)
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h
+
+    q = _load_rows(q_ptr, rows, N, stride_qn, main, D)  # [BLOCK_M, D_MAIN]
+    q_tail = q
+    if D_TAIL > 0:
+        tail = D_MAIN + tl.arange(0, D_TAIL)
+        q_tail = _load_rows(q_ptr, rows, N, stride_qn, tail, D)  # [BLOCK_M, D_TAIL]
+
+    if WHOLE:
+        keys = tl.arange(0, BLOCK_S).to(tl.int64)
+        scores = _scores(
+            q, q_tail, k_ptr, bias_ptr, rows, keys, N, S,
+            stride_ks, stride_bias_n, stride_bias_s, scale_log2, PRECISION, D, D_MAIN, D_TAIL,
+        )  # fmt: skip
+        p = tl.exp2(scores - _row_max(scores, bias_ptr)[:, None])  # [BLOCK_M, BLOCK_S]
+        total = tl.sum(p, axis=1)
+        v = _load_rows(v_ptr, keys, S, stride_vs, main, D)
+        acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        if D_TAIL > 0:
+            v_tail = _load_rows(v_ptr, keys, S, stride_vs, tail, D)
+            acc_tail = tl.dot(p.to(v.dtype), v_tail, input_precision=PRECISION)
+    else:
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, D_MAIN), tl.float32)
+        if D_TAIL > 0:
+            acc_tail = tl.zeros((BLOCK_M, D_TAIL), tl.float32)
+        for start in range(0, S, BLOCK_S):
+            keys = start + tl.arange(0, BLOCK_S).to(tl.int64)
+            scores = _scores(
+                q, q_tail, k_ptr, bias_ptr, rows, keys, N, S,
+                stride_ks, stride_bias_n, stride_bias_s, scale_log2, PRECISION, D, D_MAIN, D_TAIL,
+            )  # fmt: skip
+            new_top = tl.maximum(top, _row_max(scores, bias_ptr))
+            p = tl.exp2(scores - new_top[:, None])
+            rescale = tl.exp2(top - new_top)
+            total = total * rescale + tl.sum(p, axis=1)
+            v = _load_rows(v_ptr, keys, S, stride_vs, main, D)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            if D_TAIL > 0:
+                v_tail = _load_rows(v_ptr, keys, S, stride_vs, tail, D)
+                acc_tail = tl.dot(p.to(v.dtype), v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
+            top = new_top
+
+    if bias_ptr is not None:
+        total = tl.where(total == 0.0, 1.0, total)
+    # o is [B, N, H, D], contiguous
+    o_ptrs = o_ptr + ((batch * N + rows) * H + head)[:, None] * D
+    row_mask = (rows < N)[:, None]
+    out = acc / total[:, None]
+    tl.store(o_ptrs + main[None, :], out.to(o_ptr.dtype.element_ty), mask=row_mask & (main < D)[None, :])
+    if D_TAIL > 0:
+        out = acc_tail / total[:, None]
+        tl.store(o_ptrs + tail[None, :], out.to(o_ptr.dtype.element_ty), mask=row_mask & (tail < D)[None, :])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch parameters; `block_s` covers all keys where they fit one tile."""
+
+    block_m: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+
+
+def split_head_dim(d: int) -> tuple[int, int]:
+    """`(main, tail)`: power-of-two tiles that cover a head dim; tail 0 where one tile does, else at least 16.
+
+    The dot's inner size must be 16 or more, so d below 16 is padded to 16. A tail of more than half the main tile saves
+    nothing over padding to the next power of two.
+    """
+    main = next_power_of_2(d + 1) // 2
+    if main == d or main < 16:
+        return max(16, next_power_of_2(d)), 0
+    tail = max(16, next_power_of_2(d - main))
+    return (2 * main, 0) if tail >= main else (main, tail)
+
+
+def heuristic(n: int, s: int, d: int, dtype: torch.dtype, arch: int) -> Config:
+    """Tiles that hold the scores in registers: BLOCK_M x BLOCK_S fp32 over the warps, at most 128 a thread.
+
+    Args:
+        n: queries.
+        s: keys.
+        d: head dim.
+        dtype: of q, k and v; fp32 operands take twice the shared memory.
+        arch: 10 * major + minor of the compute capability.
+    """
+    width = sum(split_head_dim(d))
+    keys = max(16, next_power_of_2(s))
+    if dtype == torch.float32:
+        if width > 128:
+            return Config(16, 16, num_warps=4, num_stages=1)
+        return Config(32, min(32, keys), num_warps=4, num_stages=2 if width > 64 else 1)
+    if width > 128:
+        return Config(64, min(32, keys), num_warps=4, num_stages=1)
+    # wgmma reads K from shared memory and leaves the registers to the scores; mma.sync holds fragments of K too
+    whole = 256 if arch in (90, 100) else 128
+    if keys <= whole:
+        block_m = min(128, max(16, next_power_of_2(n)))
+        return Config(block_m, keys, num_warps=8 if block_m * keys > 64 * 128 else 4, num_stages=1)
+    block_s = 64 if width <= 64 or whole == 256 else 32
+    return Config(128, block_s, num_warps=8, num_stages=3 if arch in (80, 90, 100) else 2)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> None:
+    check_tensors("attention", q=q, k=k, v=v, bias=bias)
+    check_same_dtype("attention", q=q, k=k, v=v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"attention: '{name}' has shape {list(tensor.shape)}; expected [B, H, N, d]")
+    b, h, n, d = q.shape
+    if not 1 <= d <= MAX_HEAD_DIM:
+        raise ValueError(f"attention: head dim {d}; expected 1 to {MAX_HEAD_DIM}")
+    s = k.shape[2]
+    if s == 0 or k.shape != (b, h, s, d) or v.shape != (b, h, s, d):
+        raise ValueError(
+            f"attention: 'q' has shape {list(q.shape)}, 'k' {list(k.shape)}, 'v' {list(v.shape)};"
+            " expected [B, H, N, d] and twice [B, H, S, d] with S >= 1"
+        )
+    if bias is not None:
+        check_same_dtype("attention", q=q, bias=bias)
+        if bias.dim() > 4 or any(
+            size not in (1, whole) for size, whole in zip(reversed(bias.shape), (s, n, h, b), strict=False)
+        ):
+            raise ValueError(
+                f"attention: 'bias' has shape {list(bias.shape)}; expected one that broadcasts to {[b, h, n, s]}"
+            )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@kernel_op("vitfast::attention", reference=attention_ref, check=_check_attention)
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> Tensor:
+    b, h, n, d = q.shape
+    s = k.shape[2]
+    out = torch.empty((b, n, h, d), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    bias_strides = (0, 0, 0, 0)
+    if bias is not None:
+        bias = bias.expand(b, h, n, s)
+        bias_strides = bias.stride()
+    config = lookup(
+        "attention",
+        f"n={n},s={s},d={d},{str(q.dtype)[6:]}",
+        q.device,
+        Config,
+        lambda: heuristic(n, s, d, q.dtype, arch(q.device)),
+    )
+    d_main, d_tail = split_head_dim(d)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    _attention_fwd_kernel[(cdiv(n, config.block_m) * b * h,)](
+        q,
+        k,
+        v,
+        bias,
+        out,
+        h,
+        n,
+        s,
+        *strides,
+        *bias_strides,
+        scale * math.log2(math.e),
+        PRECISION=dot_precision(q.dtype, tf32),
+        WHOLE=s <= config.block_s,
+        ALIGN=math.gcd(16, *strides),
+        D=d,
+        D_MAIN=d_main,
+        D_TAIL=d_tail,
+        BLOCK_M=config.block_m,
+        BLOCK_S=config.block_s,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def _attention_setup(ctx, inputs, output):  # noqa: ANN001 (torch.library's contract)
+    q, k, v, bias, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, bias)
+    ctx.scale = scale
+
+
+def _attention_backward(ctx, grad):  # noqa: ANN001
+    # torch's own attention once more, for its backward: it never holds the N x S probabilities
+    *qkv, bias = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((*qkv, bias), needs, strict=True)]
+    with torch.enable_grad():
+        out = attention_ref(*leaves, ctx.scale, False)
+    grads = iter(torch.autograd.grad(out, [leaf for leaf, need in zip(leaves, needs, strict=True) if need], grad))
+    return *(next(grads) if need else None for need in needs), None, None
+
+
+_attention.op.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None, tf32: bool = False
+) -> Tensor:
+    """`softmax(scale * q @ k.T + bias) @ v` per head.
+
+    Args:
+        q: `[B, H, N, d]`, fp16, bf16 or fp32 (float64 on CPU), any strides, d from 1 to 256.
+        k: `[B, H, S, d]` in q's dtype.
+        v: `[B, H, S, d]` in q's dtype.
+        scale: of the scores; default `d ** -0.5`.
+        bias: added to the scaled scores, broadcastable to `[B, H, N, S]`, in q's dtype. A mask is a bias of 0 and
+            -inf; a row that is masked whole gives zeros.
+        tf32: let fp32 operands be multiplied in tf32 on CUDA even where
+            `torch.backends.cuda.matmul.allow_tf32` is off.
+
+    Returns:
+        `[B, H, N, d]`, a view of contiguous `[B, N, H, d]`: `.transpose(1, 2).flatten(2)` merges the heads without a copy.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    q, k, v, bias = autocast(q, k, v, bias)
+    return _attention(q, k, v, bias, _scale(scale, q.shape[-1]), tf32).transpose(1, 2)
+
+
+def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, tf32: bool = False) -> Tensor:
+    """Self-attention on the packed output of a qkv projection, with merged heads out.
+
+    Args:
+        qkv: `[B, N, 3 * H * d]`, in the order of timm's `attn.qkv`: q, k, v, each H heads of d.
+        heads: H.
+        scale: of the scores; default `d ** -0.5`.
+        tf32: as in `attention`.
+
+    Returns:
+        `[B, N, H * d]`, contiguous.
+
+    Raises:
+        ValueError: the last dimension is not `3 * heads * d`, or a shape or device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    if qkv.dim() != 3 or heads < 1 or qkv.shape[-1] % (3 * heads):
+        raise ValueError(
+            f"attention_qkv: 'qkv' has shape {list(qkv.shape)} for {heads} heads; expected [B, N, 3 * heads * d]"
+        )
+    (qkv,) = autocast(qkv)
+    b, n, width = qkv.shape
+    d = width // (3 * heads)
+    q, k, v = qkv.view(b, n, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+    return _attention(q, k, v, None, _scale(scale, d), tf32).view(b, n, heads * d)
+
+
+def _scale(scale: float | None, d: int) -> float:
+    return max(d, 1) ** -0.5 if scale is None else float(scale)

@@ -1,0 +1,366 @@
+"""LayerNorm over the last dimension, alone and behind a residual addition.
+
+    layer_norm:      y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+    add_layer_norm:  s = residual + scale * x,  y = layer_norm(s);  both s and y are returned
+
+x, residual, s, y are `[..., D]`; weight, bias and scale (LayerScale) are `[D]`. Statistics are fp32 whatever the
+dtype, kept for the backward as `[..., 1]`. In `add_layer_norm` the sum is rounded once, to its own dtype, and
+the norm is taken of the rounded sum, as the unfused pair of calls does.
+
+Fused: one read and one write of the row; both passes over it (mean, then centred variance) stay in registers.
+Bytes per row of D elements of e bytes: 2*D*e for layer_norm, 4*D*e for add_layer_norm (unfused: 6*D*e with the
+LayerScale folded away, 8*D*e with it). FLOPs: about 8*D, so both are bound by memory on every GPU.
+
+Source: Ba, Kiros, Hinton, "Layer Normalization" (arXiv 1607.06450), equations 3 and 4. LayerScale: Touvron et al.,
+"Going deeper with Image Transformers" (arXiv 2103.17239), equation 4.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._config import lookup
+from ._op import autocast, check_shape, check_tensors, kernel_op
+from ._triton import cdiv, next_power_of_2, tl, triton
+
+MAX_WIDTH = 16384
+"""Widest row a kernel holds in registers; a wider one has no use in a ViT and is refused."""
+
+
+def layer_norm_ref(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, mean, rstd)` in torch's own calls; the statistics are at least fp32."""
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    return y, mean.to(statistics), rstd.to(statistics)
+
+
+def add_layer_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(s, y, mean, rstd)` in torch's own calls."""
+    total = residual + (x if scale is None else x * scale)
+    return total, *layer_norm_ref(total, weight, bias, eps)
+
+
+@triton.jit
+def _normalize(x, row_mask, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, rows, cols, D, eps):
+    # x: [BLOCK_M, BLOCK_D] fp32, zero outside the row
+    col_mask = cols < D
+    mean = tl.sum(x, axis=1) / D  # [BLOCK_M]
+    centred = tl.where(col_mask[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    tl.store(mean_ptr + rows, mean, mask=row_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    n_rows,
+    D,
+    stride_xm,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    row_mask = rows < n_rows
+    mask = row_mask[:, None] & (cols < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = _normalize(x, row_mask, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, rows, cols, D, eps)
+    tl.store(y_ptr + rows[:, None] * D + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_layer_norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    sum_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    n_rows,
+    D,
+    stride_xm,
+    stride_rm,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    row_mask = rows < n_rows
+    mask = row_mask[:, None] & (cols < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        x *= tl.load(scale_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    residual = tl.load(residual_ptr + rows[:, None] * stride_rm + cols[None, :], mask=mask, other=0.0)
+    total = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + rows[:, None] * D + cols[None, :], total, mask=mask)
+    y = _normalize(total.to(tl.float32), row_mask, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, rows, cols, D, eps)
+    tl.store(y_ptr + rows[:, None] * D + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows per program and its warps; the whole width is always one tile."""
+
+    block_m: int
+    num_warps: int
+
+
+def heuristic(rows: int, width: int, dtype: torch.dtype, arch: int) -> Config:
+    """16 elements per thread: two 16-byte loads in 16-bit, four in fp32, all in flight before the first use.
+
+    Short rows share a program so that it has at least 4 warps' worth of work; the architecture makes no difference to
+    a kernel that only streams.
+    """
+    tile = next_power_of_2(width)
+    block_m = max(1, min(2048 // tile, next_power_of_2(rows)))
+    return Config(block_m, num_warps=max(1, min(16, block_m * tile // 512)))
+
+
+def _launch_config(op: str, x: Tensor) -> tuple[int, Config]:
+    width = x.shape[-1]
+    rows = x.numel() // width
+    key = f"rows={rows},width={width},{str(x.dtype)[6:]}"
+    # one arch for all: `heuristic` documents why
+    return rows, lookup(op, key, x.device, Config, lambda: heuristic(rows, width, x.dtype, 0))
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], 1)
+    return (
+        torch.empty(shape, dtype=torch.float32, device=x.device),
+        torch.empty(shape, dtype=torch.float32, device=x.device),
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[..., D]` as `[rows, D]` with unit stride in a row; copies only what no row stride can describe."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, **more: Tensor | None) -> None:
+    check_tensors(op, x=x, weight=weight, bias=bias, **more)
+    if x.dim() < 1 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{op}: 'x' has shape {list(x.shape)}; expected [..., D] with 1 <= D <= {MAX_WIDTH}")
+    check_shape(op, "weight", weight, x.shape[-1])
+    check_shape(op, "bias", bias, x.shape[-1])
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"{op}: 'weight' is {weight.dtype}, 'bias' is {bias.dtype}; expected one dtype")
+
+
+def _check_parameter_dtype(op: str, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (dtype, torch.float32):
+            raise TypeError(f"{op}: '{name}' has dtype {tensor.dtype}; expected {dtype} (the input's) or float32")
+
+
+def _check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    _check_norm("layer_norm", x, weight, bias)
+    _check_parameter_dtype("layer_norm", x.dtype, weight, bias)
+
+
+def _check_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None
+) -> None:
+    _check_norm("add_layer_norm", x, weight, bias, residual=residual, scale=scale)
+    check_shape("add_layer_norm", "residual", residual, *x.shape)
+    check_shape("add_layer_norm", "scale", scale, x.shape[-1])
+    _check_parameter_dtype("add_layer_norm", _sum_dtype(x, residual, scale), weight, bias)
+
+
+def _sum_dtype(x: Tensor, residual: Tensor, scale: Tensor | None) -> torch.dtype:
+    scaled = x.dtype if scale is None else torch.promote_types(x.dtype, scale.dtype)
+    return torch.promote_types(scaled, residual.dtype)
+
+
+@kernel_op("vitfast::layer_norm", reference=layer_norm_ref, check=_check_layer_norm)
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = _statistics(x)
+    if x.numel():
+        rows, config = _launch_config("layer_norm", x)
+        width, x = x.shape[-1], _rows(x)
+        _layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
+            x,
+            _dense(weight),
+            _dense(bias),
+            y,
+            mean,
+            rstd,
+            rows,
+            width,
+            x.stride(0),
+            eps,
+            BLOCK_M=config.block_m,
+            BLOCK_D=next_power_of_2(width),
+            num_warps=config.num_warps,
+        )
+    return y, mean, rstd
+
+
+@kernel_op("vitfast::add_layer_norm", reference=add_layer_norm_ref, check=_check_add_layer_norm)
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=_sum_dtype(x, residual, scale), device=x.device)
+    y = torch.empty_like(total)
+    mean, rstd = _statistics(x)
+    if x.numel():
+        rows, config = _launch_config("add_layer_norm", x)
+        width, x, residual = x.shape[-1], _rows(x), _rows(residual)
+        _add_layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
+            x,
+            residual,
+            _dense(weight),
+            _dense(bias),
+            _dense(scale),
+            total,
+            y,
+            mean,
+            rstd,
+            rows,
+            width,
+            x.stride(0),
+            residual.stride(0),
+            eps,
+            BLOCK_M=config.block_m,
+            BLOCK_D=next_power_of_2(width),
+            num_warps=config.num_warps,
+        )
+    return total, y, mean, rstd
+
+
+def _norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) by torch's own LayerNorm backward from the saved statistics."""
+    # torch's CPU kernel wants statistics in the parameters' dtype, its CUDA kernel in fp32
+    dtype = torch.float32 if x.is_cuda else (x if weight is None else weight).dtype
+    return torch.ops.aten.native_layer_norm_backward(
+        dy, x, x.shape[-1:], mean.to(dtype), rstd.to(dtype), weight, bias, wanted
+    )
+
+
+def _layer_norm_setup(ctx, inputs, output):  # noqa: ANN001 (torch.library's contract)
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight, bias)
+
+
+def _layer_norm_backward(ctx, dy, dmean, drstd):  # noqa: ANN001
+    x, mean, rstd, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = _norm_backward(dy, x, mean, rstd, weight, bias, list(ctx.needs_input_grad[:3]))
+    return dx, dweight, dbias, None
+
+
+def _add_layer_norm_setup(ctx, inputs, output):  # noqa: ANN001
+    x, residual, weight, bias, _, scale = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(x if scale is not None else None, total, mean, rstd, weight, bias, scale)
+    ctx.dtypes = x.dtype, residual.dtype
+
+
+def _add_layer_norm_backward(ctx, dtotal, dy, dmean, drstd):  # noqa: ANN001
+    x, total, mean, rstd, weight, bias, scale = ctx.saved_tensors
+    wanted = [True, *ctx.needs_input_grad[2:4]]
+    dsum, dweight, dbias = _norm_backward(dy, total, mean, rstd, weight, bias, wanted)
+    dsum = dsum + dtotal
+    x_dtype, residual_dtype = ctx.dtypes
+    dx = (dsum if scale is None else dsum * scale).to(x_dtype)
+    dscale = None
+    if scale is not None and ctx.needs_input_grad[5]:
+        dscale = (dsum * x).flatten(0, -2).sum(0).to(scale.dtype)
+    return dx, dsum.to(residual_dtype), dweight, dbias, None, dscale
+
+
+_layer_norm.op.register_autograd(_layer_norm_backward, setup_context=_layer_norm_setup)
+_add_layer_norm.op.register_autograd(_add_layer_norm_backward, setup_context=_add_layer_norm_setup)
+
+
+def _norm_dtype(x: Tensor) -> torch.dtype | None:
+    # torch's autocast takes LayerNorm in fp32 on CUDA and leaves it alone on CPU
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over the last dimension.
+
+    Args:
+        x: `[..., D]`, fp16, bf16 or fp32 (float64 on CPU), any strides, D at most 16384.
+        weight: `[D]` in x's dtype or fp32, or None for 1.
+        bias: `[D]` in the weight's dtype, or None for 0.
+        eps: added to the variance in fp32.
+
+    Returns:
+        `[..., D]` in x's dtype, contiguous. Under autocast on CUDA fp32, as `torch.nn.functional.layer_norm`.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype is not one of those above.
+    """
+    dtype = _norm_dtype(x)
+    if dtype is not None:
+        x, weight, bias = autocast(x, weight, bias, to=dtype)
+    return _layer_norm(x, weight, bias, eps)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`s = residual + scale * x` and LayerNorm of `s`, in one pass.
+
+    Args:
+        x: `[..., D]`, a branch's output.
+        residual: `[..., D]`, the stream it is added to; may be of wider dtype than x.
+        weight: `[D]` in the sum's dtype or fp32, or None for 1.
+        bias: `[D]` in the weight's dtype, or None for 0.
+        eps: added to the variance in fp32.
+        scale: `[D]` (LayerScale), or None for 1.
+
+    Returns:
+        `(s, y)`, both `[..., D]` in the dtype that torch promotes `residual + scale * x` to, contiguous.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype is not fp16, bf16 or fp32 (float64 on CPU).
+    """
+    dtype = _norm_dtype(x)
+    if dtype is not None:
+        x, residual, weight, bias, scale = autocast(x, residual, weight, bias, scale, to=dtype)
+    total, y, _, _ = _add_layer_norm(x, residual, weight, bias, eps, scale)
+    return total, y
+
