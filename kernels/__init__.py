@@ -4,21 +4,23 @@ Every name here is a plain function of tensors. On CUDA it launches a Triton ker
 function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRET=1` was set before import).
 """
 
-if __name__ != "vitfast.kernels":
-    # with the repository root on `sys.path` a bare `import kernels` finds this folder; it belongs to another
-    # PyPI package, and libraries that probe for that one expect an ImportError
-    raise ImportError("this folder is 'vitfast.kernels'; it cannot be imported as 'kernels'")
-
-from ._op import INTERPRET
-from .attention import attention, attention_qkv, attention_ref
-from .layer_norm import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
-from .linear import ACTIVATIONS, linear, linear_ref
-from .mlp import mlp, mlp_ref
-from .patch_embed import patch_embed, patch_embed_ref
+if __name__ == "vitfast.kernels":
+    from ._op import INTERPRET
+    from .attention import MAX_HEAD_DIM, attention, attention_qkv, attention_ref
+    from .layer_norm import MAX_WIDTH, add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
+    from .linear import ACTIVATIONS, linear, linear_ref
+    from .mlp import mlp, mlp_ref
+    from .patch_embed import patch_embed, patch_embed_ref
+else:
+    # with the repository root on `sys.path` a bare `import kernels` finds this folder, whose name belongs to another
+    # PyPI package. Libraries probe for that one without a `try`; a module without file and version counts as absent
+    globals().update(__file__=None, __path__=[])
 
 __all__ = [
     "ACTIVATIONS",
     "INTERPRET",
+    "MAX_HEAD_DIM",
+    "MAX_WIDTH",
     "add_layer_norm",
     "add_layer_norm_ref",
     "attention",

@@ -23,7 +23,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def kernel_op(
     name: str, *, reference: Callable[..., Any], check: Callable[..., None]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[..., Any]], Any]:
     """Make an operator of a function that launches Triton kernels.
 
     CUDA tensors go to the decorated function. CPU tensors go to `reference`, or to the decorated function under
@@ -43,7 +43,7 @@ def kernel_op(
         checked launch as `.launch`.
     """
 
-    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+    def register(launch: Callable[..., Any]) -> Any:
         def checked(implementation: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(implementation)
             def run(*args: Any) -> Any:
@@ -64,14 +64,14 @@ def kernel_op(
                 return referred(*args)
             return op(*args)
 
-        call.op = op  # type: ignore[attr-defined]
-        call.launch = launched  # type: ignore[attr-defined]
+        call.op = op
+        call.launch = launched
         return call
 
     return register
 
 
-def autocast(x: Tensor, *tensors: Tensor | None, to: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *tensors: Tensor | None, to: torch.dtype | None = None) -> tuple[Any, ...]:
     """Cast floating-point arguments the way torch's autocast would; without autocast, return them as they are.
 
     Args:

@@ -1,4 +1,4 @@
-"""Lanes, and the two lines that let torchvision's models be imported beside a CPU build of torch."""
+"""Lanes, and what lets torchvision's models be imported beside a CPU build of torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-if not hasattr(torch.ops.torchvision, "nms"):
-    # there is no CPU build of torchvision: its Python half looks its operators up at import, so they need a schema
-    _torchvision = torch.library.Library("torchvision", "DEF")
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    # beside a CPU build of torch its native half does not load: its Python half looks two operators up, so they
+    # need a schema
+    _library = torch.library.Library("torchvision", "DEF")
     for _schema in (
         "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     ):
-        _torchvision.define(_schema)
+        _library.define(_schema)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,284 @@
+"""`accelerate`, `restore` and `report`: fused layers in the place of a model's own, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Match, match
+from .layers import KINDS, FusedLayer
+from .precision import Precision, get_precision
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# where a model that was cast or compiled keeps what `restore` needs
+_STATE = "_vitfast_state"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One replaceable module.
+
+    Attributes:
+        module: its name in the model, "" for the model itself.
+        kind: of replacement, one of `vitfast.layers.KINDS`.
+        original: name of the class that the library made.
+        fused: name of the class in its place, or None.
+        note: why it is not replaced; for a replaced module what it still leaves to the original's modules, if anything.
+    """
+
+    module: str
+    kind: str
+    original: str
+    fused: str | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is replaced in a model, and why the rest is not. `str()` gives a table.
+
+    Attributes:
+        rows: one per module that is replaced, could be, or does a replaceable module's work, in the model's order.
+        precision: name of the policy the model was cast to, or None.
+    """
+
+    rows: tuple[Row, ...]
+    precision: str | None = None
+
+    @property
+    def replaced(self) -> tuple[Row, ...]:
+        """Rows of fused modules."""
+        return tuple(row for row in self.rows if row.fused)
+
+    @property
+    def kept(self) -> tuple[Row, ...]:
+        """Rows of modules that are as the library made them."""
+        return tuple(row for row in self.rows if not row.fused)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        for row in self.rows:
+            key = (row.kind, row.original, row.fused or "-", row.note)
+            groups.setdefault(key, []).append(row.module or "(model)")
+        table = [("modules", "count", "kind", "original", "replaced by", "note")]
+        for (kind, original, fused, note), names in groups.items():
+            table.append((_collapse(names), str(len(names)), kind, original, fused, note))
+        widths = [max(len(line[i]) for line in table) for i in range(5)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]]).rstrip()
+            for line in table
+        ]
+        summary = f"{len(self.replaced)} modules replaced, {len(self.kept)} kept"
+        return "\n".join([*lines, summary + (f", precision {self.precision}" if self.precision else "")])
+
+
+def _collapse(names: list[str]) -> str:
+    """`blocks.0.attn ... blocks.11.attn` for a run of names, so that a table has a line per pattern."""
+    return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+
+
+@dataclass
+class _State:
+    """What `restore` undoes beside the classes: a cast and a compile.
+
+    `originals` holds the parameters and buffers as they were before the cast, under (module name, tensor name).
+    """
+
+    precision: Precision | None = None
+    originals: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    compiled: bool = False
+
+
+def _matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
+    found = ((name, module, match(module)) for name, module in model.named_modules())
+    return [(name, module, m) for name, module, m in found if m is not None]
+
+
+def report(model: nn.Module) -> Report:
+    """What `accelerate` replaced in a model, what it could replace, and why the rest stays.
+
+    It reads the model as it is now, so hooks or adapters added since `accelerate` show.
+
+    Args:
+        model: any model, accelerated or not.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+    """
+    _check_model(model)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLayer):
+            note = "; ".join(module.limits())
+            rows.append(Row(name, module.kind, module.replaces.__name__, type(module).__name__, note))
+        elif (found := match(module)) is not None:
+            note = found.reason or "could be replaced, is not switched on"
+            rows.append(Row(name, found.kind, type(module).__name__, None, note))
+    state = vars(model).get(_STATE)
+    return Report(tuple(rows), state.precision.name if state and state.precision else None)
+
+
+def accelerate(
+    model: Model,
+    *,
+    precision: str | None = None,
+    only: Collection[str] | None = None,
+    compile: bool = False,
+    strict: bool = False,
+) -> Model:
+    """Replace a model's modules by fused ones, in place.
+
+    Parameters are shared, not copied; `state_dict()` keeps its keys, and its values unless `precision` casts them. Hooks,
+    `deepcopy`, pickling, gradient checkpointing and train/eval switches work as before. What cannot be replaced stays as
+    it is, and `report(model)` says why.
+
+    Args:
+        model: a `vitfast.VisionTransformer`, a timm `VisionTransformer`, or any model that holds their modules.
+        precision: `"fp32"`, `"tf32"`, `"bf16"` or `"fp16"`: casts parameters and floating-point buffers once, as
+            `model.to(dtype)` does, and keeps the originals for `restore`. None leaves every dtype as it is.
+        only: kinds of replacement to switch on, out of `"patch_embed"`, `"layer_norm"`, `"attention"`, `"mlp"` and
+            `"block"`; default all. A further call adds to what is switched on.
+        compile: also compile the model's forward (`model.compile()`), so the state dict has no `_orig_mod.` prefix.
+        strict: raise if a module of a selected kind cannot be replaced, and replace nothing.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`, or a scripted one.
+        ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model that
+            was cast to another precision before.
+    """
+    _check_model(model)
+    selected = _kinds(only)
+    policy = None if precision is None else get_precision(precision)
+    state: _State = vars(model).get(_STATE) or _State()
+    if policy and state.precision and policy != state.precision:
+        raise ValueError(f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}")
+
+    found = [(name, module, m) for name, module, m in _matches(model) if m.kind in selected]
+    if strict:
+        refused = [f"{name or '(model)'} ({type(module).__name__}): {m.reason}" for name, module, m in found if m.reason]
+        if refused:
+            raise ValueError("strict: these modules cannot be replaced: " + "; ".join(refused))
+        if not found and not any(isinstance(module, FusedLayer) for module in model.modules()):
+            raise ValueError(f"strict: nothing in this {type(model).__name__} can be replaced")
+    for _, module, m in found:
+        if m.fused is not None:
+            module.__class__ = m.fused
+
+    if policy and not state.precision:
+        state.originals = _cast(model, policy.dtype)
+        state.precision = policy
+    if state.precision:
+        for module in model.modules():
+            if isinstance(module, FusedLayer):
+                module.tf32 = state.precision.tf32
+    if compile:
+        model.compile()
+        state.compiled = True
+    if state.precision or state.compiled:
+        vars(model)[_STATE] = state
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate`: the original classes, dtypes and forward, with what training changed.
+
+    Parameters that a cast replaced come back as the very objects they were. Their values are the original ones where
+    the cast copy was not changed since, else the changed ones, widened.
+
+    Args:
+        model: the model that `accelerate` was given; one that was not accelerated stays as it is.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+    """
+    _check_model(model)
+    for module in model.modules():
+        # a class made around the fused one (FSDP's, a parametrisation's) is its maker's to undo
+        replaces = vars(type(module)).get("replaces")
+        if isinstance(module, FusedLayer) and replaces is not None:
+            vars(module).pop("tf32", None)
+            module.__class__ = replaces
+    state: _State | None = vars(model).pop(_STATE, None)
+    if state is not None:
+        _uncast(model, state.originals)
+        if state.compiled:
+            model._compiled_call_impl = None
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted model cannot be accelerated; accelerate it before torch.jit.script")
+
+
+def _kinds(only: Collection[str] | None) -> frozenset[str]:
+    if only is None:
+        return frozenset(KINDS)
+    if isinstance(only, str):
+        raise ValueError(f"only={only!r} is a string; expected a collection such as {{{only!r}}}")
+    unknown = sorted(set(only) - set(KINDS))
+    if unknown:
+        raise ValueError(f"only: unknown kind {unknown[0]!r}; expected some of {', '.join(KINDS)}")
+    return frozenset(only)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """Every floating-point parameter and buffer once per place it is registered in."""
+    return [
+        (prefix, module, name, tensor)
+        for prefix, module in model.named_modules()
+        for registry in (module._parameters, module._buffers)
+        for name, tensor in registry.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
+
+
+def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
+    registry = module._parameters if name in module._parameters else module._buffers
+    registry[name] = tensor  # type: ignore[assignment]
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> dict[tuple[str, str], Tensor]:
+    """Give a model its tensors in `dtype`; return those that were replaced. Tied tensors stay tied."""
+    originals: dict[tuple[str, str], Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for prefix, module, name, tensor in _tensors(model):
+        if tensor.dtype == dtype:
+            continue
+        if id(tensor) not in copies:
+            copy = tensor.detach().to(dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if is_parameter else copy
+        originals[prefix, name] = tensor
+        _replace(module, name, copies[id(tensor)])
+    return originals
+
+
+def _uncast(model: nn.Module, originals: dict[tuple[str, str], Tensor]) -> None:
+    for prefix, module, name, tensor in _tensors(model):
+        original = originals.get((prefix, name))
+        # a tensor of another shape was put there since (a new head): it stays, in the original dtype
+        if original is None:
+            continue
+        if original.shape != tensor.shape:
+            module.to(original.dtype)
+            continue
+        with torch.no_grad():
+            original.data = original.data.to(tensor.device)
+            if not torch.equal(original.to(tensor.dtype), tensor):
+                original.copy_(tensor)
+        original.requires_grad_(tensor.requires_grad)
+        _replace(module, name, original)

@@ -1,0 +1,108 @@
+"""vitfast's own reference model."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels, layers, model
+from . import Swap
+
+
+class FusedReferencePatchEmbed(layers.FusedPatchEmbed, model.PatchEmbed):
+    """`vitfast.model.PatchEmbed`."""
+
+    replaces = model.PatchEmbed
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, N, D]`."""
+        return self.tokens(pixels) if self.fusable(pixels) else super().forward(pixels)
+
+
+class FusedReferenceAttention(layers.FusedAttention, model.Attention):
+    """`vitfast.model.Attention`, with its relative position logits as the kernel's bias."""
+
+    replaces = model.Attention
+
+    def core(self, qkv: Tensor) -> Tensor:
+        """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
+        if self.rel_pos_embed is None:
+            return super().core(qkv)
+        q, k, v = self.heads(qkv)
+        bias = self.relative_logits(q, self.rel_pos_embed)
+        return kernels.attention(q, k, v, self.scale, bias, tf32=self.tf32).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`."""
+        return self.fused(x) if self.fusable() else super().forward(x)
+
+
+class FusedReferenceMlp(layers.FusedMlp, model.Mlp):
+    """`vitfast.model.Mlp`."""
+
+    replaces = model.Mlp
+    activations = {model.QuickGELU: "quick_gelu"}
+
+
+class FusedReferenceBlock(layers.FusedBlock, model.Block):
+    """`vitfast.model.Block`."""
+
+    replaces = model.Block
+    layer_scale = model.LayerScale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`."""
+        return self.fused(x)
+
+
+class FusedReferenceVisionTransformer(layers.FusedLayer, model.VisionTransformer):
+    """`vitfast.model.VisionTransformer`: prefix tokens and position embedding written by the patch-embed kernel."""
+
+    kind = "patch_embed"
+    replaces = model.VisionTransformer
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Equation 1: `[B, C, H, W]` to `[B, T + N, D]`."""
+        stem = self.patch_embed
+        if not isinstance(stem, FusedReferencePatchEmbed) or layers.hooked(stem) or not stem.fusable(pixels):
+            return super().embed(pixels)
+        pos = self.pos_embed_for(stem.grid(pixels.shape[2], pixels.shape[3]))
+        prefix = [token[0] for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
+        return stem.tokens(
+            pixels,
+            prefix[0] if len(prefix) == 1 else torch.cat(prefix) if prefix else None,
+            None if pos is None else pos[0],
+        )
+
+
+def _decline_attention(module: nn.Module) -> str | None:
+    if module.head_dim > kernels.MAX_HEAD_DIM:
+        return f"head dim {module.head_dim}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
+    return None
+
+
+def _never(module: nn.Module) -> None:
+    return None
+
+
+@functools.cache
+def swaps() -> dict[type[nn.Module], Swap]:
+    """Replaceable classes of the reference model."""
+    return {
+        model.PatchEmbed: Swap(FusedReferencePatchEmbed, _never),
+        model.Attention: Swap(FusedReferenceAttention, _decline_attention),
+        model.Mlp: Swap(FusedReferenceMlp, _never),
+        model.Block: Swap(FusedReferenceBlock, _never),
+        model.VisionTransformer: Swap(FusedReferenceVisionTransformer, _never),
+    }
+
+
+@functools.cache
+def declined() -> dict[type[nn.Module], tuple[str, str]]:
+    """Classes of the reference model that are known and left alone."""
+    return {
+        model.GluMlp: ("mlp", "gated MLP: no kernel has its gate in an epilogue"),
+        model.AttentionPool: ("attention", "attention pooling has one query and is not worth a kernel"),
+    }

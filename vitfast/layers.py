@@ -1,0 +1,264 @@
+"""Layers that call the kernels: `forward` only, no state of their own.
+
+Each class here is a mix-in. An adapter puts it in front of the class that it replaces
+(`class FusedTimmBlock(FusedBlock, timm.Block)`), and `accelerate` sets a module's `__class__` to the result. So parameters,
+buffers, hooks and attributes stay where they are, `isinstance` holds, `super().forward` is the original, and restoring
+is setting `__class__` back. The attribute names are timm's, which the reference model shares.
+
+A fused layer skips the `forward` of the modules inside it. Where that would lose something (a hook, a LoRA layer in
+the place of a linear one, active dropout), it calls those modules as the original does, and `limits` says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+
+KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module's `forward` directly would skip a hook."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    # exactly this class: LoRA, quantised and parametrised layers are subclasses or stand-ins with a forward of their own
+    return type(module) is kind and not hooked(module)
+
+
+def _inactive(module: nn.Module) -> bool:
+    """Whether a dropout, drop-path or identity module passes its input through, now."""
+    if hooked(module):
+        return False
+    if isinstance(module, nn.Identity) or not module.training:
+        return isinstance(module, (nn.Identity, nn.Dropout)) or hasattr(module, "drop_prob")
+    rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "drop_prob", None)
+    return rate == 0.0
+
+
+def _why_called(name: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    if _plain(module, kind):
+        return []
+    why = "has hooks" if type(module) is kind else f"is a {type(module).__name__}"
+    return [f"{name} {why}: called as a module"]
+
+
+def _linear(module: nn.Module, x: Tensor, residual: Tensor | None, scale: Tensor | None, tf32: bool) -> Tensor:
+    """`residual + scale * module(x)`, in one kernel where the module is a plain `nn.Linear`."""
+    if _plain(module, nn.Linear):
+        return kernels.linear(x, module.weight, module.bias, residual=residual, scale=scale, tf32=tf32)
+    return _residual(module(x), residual, scale)
+
+
+def _residual(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+    x = x if scale is None else x * scale
+    return x if residual is None else residual + x
+
+
+class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What every fused layer has.
+
+    Attributes:
+        kind: one of `KINDS`.
+        replaces: the class in whose place it stands.
+        tf32: lets fp32 products run in tf32 on CUDA (precision "tf32").
+    """
+
+    kind: ClassVar[str]
+    replaces: ClassVar[type[nn.Module]]
+    tf32: bool = False
+
+    def limits(self) -> list[str]:
+        """What this layer leaves to the original's modules at present, one sentence each."""
+        return []
+
+
+class FusedLayerNorm(FusedLayer):
+    """LayerNorm over the last dimension: `vitfast.kernels.layer_norm`."""
+
+    kind = "layer_norm"
+    weight: Any
+    bias: Any
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FusedPatchEmbed(FusedLayer):
+    """Patch embedding as an implicit GEMM: `vitfast.kernels.patch_embed`."""
+
+    kind = "patch_embed"
+    proj: Any
+
+    def fusable(self, pixels: Tensor) -> bool:
+        """Whether the kernel computes what the original would of these pixels."""
+        # without the model's mean and std raw bytes mean nothing: the original says so in its own words
+        return pixels.dtype != torch.uint8 and _plain(self.proj, nn.Conv2d)
+
+    def tokens(self, pixels: Tensor, prefix: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
+        """`[B, C, H, W]` to `[B, T + N, D]`, with prefix tokens `[T, D]` and position embeddings `[N or T + N, D]`."""
+        return kernels.patch_embed(pixels, self.proj.weight, self.proj.bias, prefix, pos_embed, tf32=self.tf32)
+
+    def limits(self) -> list[str]:
+        return _why_called("proj", self.proj, nn.Conv2d)
+
+
+class FusedAttention(FusedLayer):
+    """Self-attention: packed qkv in, merged heads out, LayerScale and residual in the output projection."""
+
+    kind = "attention"
+    qkv: Any
+    q_norm: Any
+    k_norm: Any
+    attn_drop: Any
+    proj: Any
+    proj_drop: Any
+    num_heads: int
+    scale: float
+
+    def fusable(self) -> bool:
+        """Whether the attention kernel computes what the original would: it has no dropout."""
+        return _inactive(self.attn_drop)
+
+    def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """`residual + scale * attention(x)`, `[B, N, D]` to `[B, N, D]`."""
+        out = self.core(_linear(self.qkv, x, None, None, self.tf32))
+        if _inactive(self.proj_drop):
+            return _linear(self.proj, out, residual, scale, self.tf32)
+        return _residual(self.proj_drop(_linear(self.proj, out, None, None, self.tf32)), residual, scale)
+
+    def core(self, qkv: Tensor) -> Tensor:
+        """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
+        if _plain(self.q_norm, nn.Identity) and _plain(self.k_norm, nn.Identity):
+            return kernels.attention_qkv(qkv, self.num_heads, self.scale, tf32=self.tf32)
+        q, k, v = self.heads(qkv)
+        return kernels.attention(q, k, v, self.scale, tf32=self.tf32).transpose(1, 2).flatten(2)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v `[B, H, N, d]`, q and k normalised where the model does that."""
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def limits(self) -> list[str]:
+        limits = _why_called("qkv", self.qkv, nn.Linear) + _why_called("proj", self.proj, nn.Linear)
+        if hooked(self.attn_drop):
+            limits.append("attn_drop has hooks: the original forward runs")
+        elif getattr(self.attn_drop, "p", 0.0) > 0.0:
+            limits.append(f"attention dropout {self.attn_drop.p:g}: the original forward runs in training")
+        return limits
+
+
+class FusedMlp(FusedLayer):
+    """The MLP: activation in the first GEMM's epilogue, LayerScale and residual in the second's."""
+
+    kind = "mlp"
+    fc1: Any
+    act: Any
+    drop1: Any
+    fc2: Any
+    drop2: Any
+
+    # activation modules besides nn.GELU that a kernel knows, by class
+    activations: ClassVar[dict[type[nn.Module], str]] = {}
+
+    @classmethod
+    def activation(cls, module: nn.Module) -> str | None:
+        """The kernel's name for an activation module, or None where it has none."""
+        if type(module) is nn.GELU:
+            return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+        return cls.activations.get(type(module))
+
+    def between(self, hidden: Tensor) -> Tensor:
+        """What the model does between the activation's dropout and the second layer: nothing, here."""
+        return hidden
+
+    def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """`residual + scale * mlp(x)`, `[..., D]` to `[..., D]`."""
+        activation = None if hooked(self.act) else self.activation(self.act)
+        if activation is not None and _plain(self.fc1, nn.Linear):
+            hidden = kernels.linear(x, self.fc1.weight, self.fc1.bias, activation, tf32=self.tf32)
+        else:
+            hidden = self.act(self.fc1(x))
+        hidden = self.between(hidden if _inactive(self.drop1) else self.drop1(hidden))
+        if _inactive(self.drop2):
+            return _linear(self.fc2, hidden, residual, scale, self.tf32)
+        return _residual(self.drop2(_linear(self.fc2, hidden, None, None, self.tf32)), residual, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        return self.fused(x)
+
+    def limits(self) -> list[str]:
+        limits = _why_called("fc1", self.fc1, nn.Linear) + _why_called("fc2", self.fc2, nn.Linear)
+        return limits + (["act has hooks: called as a module"] if hooked(self.act) else [])
+
+
+class FusedBlock(FusedLayer):
+    """A pre-norm block whose residual additions and LayerScale ride in the branches' last kernels."""
+
+    kind = "block"
+    norm1: Any
+    attn: Any
+    ls1: Any
+    drop_path1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+    drop_path2: Any
+
+    layer_scale: ClassVar[type[nn.Module]]
+
+    def _scale(self, module: nn.Module) -> tuple[bool, Tensor | None]:
+        """`(known, gamma)` of a LayerScale or the identity in its place."""
+        if _plain(module, self.layer_scale):
+            return True, module.gamma
+        return _plain(module, nn.Identity), None
+
+    def fused(self, x: Tensor) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`."""
+        hidden = self.norm1(x)
+        known, gamma = self._scale(self.ls1)
+        known = known and _inactive(self.drop_path1)
+        if known and self._takes_residual(self.attn):
+            x = self.attn.fused(hidden, x, gamma)
+            hidden = self.norm2(x)
+        elif known and isinstance(self.norm2, FusedLayerNorm) and not hooked(self.norm2):
+            norm = self.norm2
+            x, hidden = kernels.add_layer_norm(self.attn(hidden), x, norm.weight, norm.bias, norm.eps, gamma)
+        else:
+            x = x + self.drop_path1(self.ls1(self.attn(hidden)))
+            hidden = self.norm2(x)
+
+        known, gamma = self._scale(self.ls2)
+        if known and _inactive(self.drop_path2) and self._takes_residual(self.mlp):
+            return self.mlp.fused(hidden, x, gamma)
+        return x + self.drop_path2(self.ls2(self.mlp(hidden)))
+
+    @staticmethod
+    def _takes_residual(branch: nn.Module) -> bool:
+        if hooked(branch):
+            return False
+        return isinstance(branch, FusedMlp) or (isinstance(branch, FusedAttention) and branch.fusable())
+
+    def limits(self) -> list[str]:
+        limits = []
+        for name in ("attn", "mlp"):
+            branch = getattr(self, name)
+            if not isinstance(branch, (FusedAttention, FusedMlp)):
+                limits.append(f"{name} is a {type(branch).__name__}: its residual is added outside it")
+            elif hooked(branch):
+                limits.append(f"{name} has hooks: its residual is added outside it")
+        for name in ("drop_path1", "drop_path2"):
+            rate = getattr(getattr(self, name), "drop_prob", 0.0)
+            if rate:
+                limits.append(f"{name} {rate:.3g}: its residual is added outside the kernel in training")
+        return limits
