@@ -44,16 +44,20 @@ def kernel_op(
     """
 
     def register(launch: Callable[..., Any]) -> Any:
-        def checked(implementation: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(implementation)
-            def run(*args: Any) -> Any:
-                check(*args)
-                return implementation(*args)
+        @functools.wraps(launch)
+        def launched(*args: Any) -> Any:
+            check(*args)
+            if not args[0].is_cuda:
+                return launch(*args)
+            # triton launches on the current device, which need not be the tensors' own
+            with torch.cuda.device(args[0].device):
+                return launch(*args)
 
-            return run
+        @functools.wraps(reference)
+        def referred(*args: Any) -> Any:
+            check(*args)
+            return reference(*args)
 
-        launched = checked(launch)
-        referred = checked(reference)
         op = torch.library.custom_op(name, launched, mutates_args=(), device_types="cuda")
         op.register_kernel("cpu")(launched if INTERPRET else referred)
         op.register_fake(referred)

@@ -2,17 +2,18 @@
 
     o = softmax(scale * q k^T + bias) v
 
-q is `[B, H, N, d]`, k and v `[B, H, S, d]`, bias anything that broadcasts to `[B, H, N, S]`, o `[B, H, N, d]` laid out as
-`[B, N, H, d]`, so that merging the heads is free. q, k and v are read through their strides: the packed output of a
+q is `[B, H, N, d]`, k and v `[B, H, S, d]`, bias anything that broadcasts to `[B, H, N, S]`, o `[B, H, N, d]` laid out
+as `[B, N, H, d]`, so that merging the heads is free. q, k and v are read through their strides: the packed output of a
 qkv projection, `[B, N, 3, H, d]`, goes in as it is. d is any size up to 256, N and S are any size.
 
-Scores, softmax and accumulator are fp32; the softmax runs in base 2 with log2(e) folded into the scale. Where S fits one
-tile (up to 256 keys on sm_90: every ViT at 224 with patches of 16) K and V are read once and the softmax is the plain
-one; else the online form rescales tile by tile. A head dim that is no power of two is split into the largest power of
-two below it and a tail (72 = 64 + 8, tail tile 16), since padding 72 to 128 would compute and hold 78 % more.
+Scores, softmax and accumulator are fp32; the softmax runs in base 2 with log2(e) folded into the scale. Where S fits
+one tile (up to 256 keys on sm_90: every ViT at 224 with patches of 16) K and V are read once and the softmax is the
+plain one; else the online form rescales tile by tile. A head dim that is no power of two is split into the largest
+power of two below it and a tail (72 = 64 + 8, tail tile 16), since padding 72 to 128 would compute and hold 78 %
+more.
 
-FLOPs: 4*B*H*N*S*d. Bytes of e-byte elements: B*H*(2*N + 2*S)*d*e. At N = S = 197, d = 64, bf16 that is N/2 = 98 FLOP a byte:
-bound by memory on every GPU since Volta. Unfused, the N x S scores alone add 4*B*H*N*S*e bytes.
+FLOPs: 4*B*H*N*S*d. Bytes of e-byte elements: B*H*(2*N + 2*S)*d*e. At N = S = 197, d = 64, bf16 that is N/2 = 98 FLOP a
+byte: bound by memory on every GPU since Volta. Unfused, the N x S scores alone add 4*B*H*N*S*e bytes.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), equations 5 to 8; the online softmax is
 Milakov and Gimelshein (arXiv 1805.02867), algorithm 3; its tiling Dao et al., "FlashAttention" (arXiv 2205.14135),
@@ -21,6 +22,7 @@ algorithm 1.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -223,21 +225,32 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, arch: int) -> Config:
         dtype: of q, k and v; fp32 operands take twice the shared memory.
         arch: 10 * major + minor of the compute capability.
     """
-    width = sum(split_head_dim(d))
+    main, tail = split_head_dim(d)
+    width = main + tail
     keys = max(16, next_power_of_2(s))
+    wgmma = arch in (90, 100)
     if dtype == torch.float32:
         if width > 128:
-            return Config(16, 16, num_warps=4, num_stages=1)
-        return Config(32, min(32, keys), num_warps=4, num_stages=2 if width > 64 else 1)
+            return Config(16, 16, num_warps=8 if width > 160 else 4, num_stages=1)
+        if width > 64:
+            # smaller where all keys fit one tile: without a loop both products' operands are in registers at once
+            return Config(32 if keys > 16 else 16, 32 if keys > 32 else 16, num_warps=4, num_stages=2)
+        return Config(32, min(32, keys), num_warps=4, num_stages=1)
     if width > 128:
-        return Config(64, min(32, keys), num_warps=4, num_stages=1)
+        # 128 + 64 holds the fragments of two wide tiles at once
+        return Config(64, 16 if width == 192 else min(32, keys), num_warps=8, num_stages=1)
     # wgmma reads K from shared memory and leaves the registers to the scores; mma.sync holds fragments of K too
-    whole = 256 if arch in (90, 100) else 128
+    if wgmma:
+        whole = 256 if width <= 64 and tail == 0 else 128
+    else:
+        whole = 128 if width <= 64 else 64
     if keys <= whole:
         block_m = min(128, max(16, next_power_of_2(n)))
-        return Config(block_m, keys, num_warps=8 if block_m * keys > 64 * 128 else 4, num_stages=1)
-    block_s = 64 if width <= 64 or whole == 256 else 32
-    return Config(128, block_s, num_warps=8, num_stages=3 if arch in (80, 90, 100) else 2)
+        warps = 8 if block_m * keys > 64 * 128 else 2 if width > 64 and block_m * keys <= 32 * 32 else 4
+        return Config(block_m, keys, num_warps=warps, num_stages=1)
+    if width > 96 and not wgmma and arch != 80:
+        return Config(64, 32, num_warps=4, num_stages=2)
+    return Config(128, 64 if width <= 64 or wgmma else 32, num_warps=8, num_stages=3 if wgmma or arch == 80 else 2)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> None:
@@ -316,17 +329,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
     return out
 
 
-def _attention_setup(ctx, inputs, output):  # noqa: ANN001 (torch.library's contract)
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, bias, scale, _ = inputs
     ctx.save_for_backward(q, k, v, bias)
     ctx.scale = scale
 
 
-def _attention_backward(ctx, grad):  # noqa: ANN001
+def _attention_backward(ctx: Any, grad) -> tuple[Any, ...]:
     # torch's own attention once more, for its backward: it never holds the N x S probabilities
     *qkv, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
-    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((*qkv, bias), needs, strict=True)]
+    pairs = zip((*qkv, bias), needs, strict=True)
+    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
     with torch.enable_grad():
         out = attention_ref(*leaves, ctx.scale, False)
     grads = iter(torch.autograd.grad(out, [leaf for leaf, need in zip(leaves, needs, strict=True) if need], grad))
@@ -352,7 +366,8 @@ def attention(
             `torch.backends.cuda.matmul.allow_tf32` is off.
 
     Returns:
-        `[B, H, N, d]`, a view of contiguous `[B, N, H, d]`: `.transpose(1, 2).flatten(2)` merges the heads without a copy.
+        `[B, H, N, d]`, a view of contiguous `[B, N, H, d]`, so `.transpose(1, 2).flatten(2)` merges heads without a
+        copy.
 
     Raises:
         ValueError: a shape or device does not fit.

@@ -16,9 +16,9 @@ Source: Ba, Kiros, Hinton, "Layer Normalization" (arXiv 1607.06450), equations 3
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._config import lookup
@@ -35,14 +35,15 @@ def layer_norm_ref(
     """`(y, mean, rstd)` in torch's own calls; the statistics are at least fp32."""
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     statistics = torch.promote_types(x.dtype, torch.float32)
-    return y, mean.to(statistics), rstd.to(statistics)
+    return y.contiguous(), mean.to(statistics), rstd.to(statistics)
 
 
 def add_layer_norm_ref(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(s, y, mean, rstd)` in torch's own calls."""
-    total = residual + (x if scale is None else x * scale)
+    # dense whatever the inputs' strides, as the kernel writes it
+    total = (residual + (x if scale is None else x * scale)).contiguous()
     return total, *layer_norm_ref(total, weight, bias, eps)
 
 
@@ -270,26 +271,26 @@ def _norm_backward(
     )
 
 
-def _layer_norm_setup(ctx, inputs, output):  # noqa: ANN001 (torch.library's contract)
+def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, mean, rstd, weight, bias)
 
 
-def _layer_norm_backward(ctx, dy, dmean, drstd):  # noqa: ANN001
+def _layer_norm_backward(ctx: Any, dy, dmean, drstd) -> tuple[Any, ...]:
     x, mean, rstd, weight, bias = ctx.saved_tensors
     dx, dweight, dbias = _norm_backward(dy, x, mean, rstd, weight, bias, list(ctx.needs_input_grad[:3]))
     return dx, dweight, dbias, None
 
 
-def _add_layer_norm_setup(ctx, inputs, output):  # noqa: ANN001
+def _add_layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, residual, weight, bias, _, scale = inputs
     total, _, mean, rstd = output
     ctx.save_for_backward(x if scale is not None else None, total, mean, rstd, weight, bias, scale)
     ctx.dtypes = x.dtype, residual.dtype
 
 
-def _add_layer_norm_backward(ctx, dtotal, dy, dmean, drstd):  # noqa: ANN001
+def _add_layer_norm_backward(ctx: Any, dtotal, dy, dmean, drstd) -> tuple[Any, ...]:
     x, total, mean, rstd, weight, bias, scale = ctx.saved_tensors
     wanted = [True, *ctx.needs_input_grad[2:4]]
     dsum, dweight, dbias = _norm_backward(dy, total, mean, rstd, weight, bias, wanted)

@@ -3,12 +3,12 @@
     y = residual + scale * activation(x W^T + bias)
 
 x is `[..., K]`, weight `[N, K]` (as `nn.Linear` keeps it), bias and scale (LayerScale) `[N]`, residual and y
-`[..., N]`. The accumulator is fp32; bias, activation, scale and residual are applied to it in fp32 and y is rounded once.
-Activations: exact GELU (erf), GELU's tanh form, and QuickGELU `x * sigmoid(1.702 x)`.
+`[..., N]`. The accumulator is fp32; bias, activation, scale and residual are applied to it in fp32, and y is rounded
+once. Activations: exact GELU (erf), GELU's tanh form, and QuickGELU `x * sigmoid(1.702 x)`.
 
 FLOPs: 2*M*N*K. Bytes, elements of e bytes: (M*K + N*K + M*N + residual M*N) * e. Unfused, each of activation, scale
-and residual reads and writes M*N*e more. For ViT-B/16's fc1 at batch 256 (M = 50432, N = 3072, K = 768, bf16) that is 238
-GFLOP and 392 MB, so the GEMM is bound by compute while one unfused GELU adds 620 MB of traffic.
+and residual reads and writes M*N*e more. For ViT-B/16's fc1 at batch 256 (M = 50432, N = 3072, K = 768, bf16) that is
+238 GFLOP and 392 MB, so the GEMM is bound by compute while one unfused GELU adds 620 MB of traffic.
 
 Two kernels, one epilogue. From sm_90 on: persistent programs, operands through tensor descriptors (TMA), the tile loop
 flattened into the K loop so that the next tile's loads start before the previous epilogue ends. Elsewhere, and where a
@@ -19,6 +19,7 @@ order of tiles for L2 reuse is that of Triton's matrix multiplication tutorial.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ._config import arch, lookup, sm_count
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, kernel_op
-from ._triton import TensorDescriptor, cdiv, next_power_of_2, tl, triton
+from ._triton import TensorDescriptor, cdiv, tl, triton
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 
@@ -53,7 +54,8 @@ def linear_ref(
     y = activate_ref(F.linear(x, weight, bias), activation)
     if scale is not None:
         y = y * scale
-    return y if residual is None else residual + y
+    # dense whatever the inputs' strides, as the kernel writes it
+    return (y if residual is None else residual + y).contiguous()
 
 
 @triton.jit
@@ -297,7 +299,8 @@ def _linear(
     m, sms, precision = x.shape[0], sm_count(x.device), dot_precision(x.dtype, tf32)
     capability = arch(x.device)
     # exact fp32 has no tensor-core form, so the pointer kernel serves it everywhere
-    tma = capability >= 90 and k > 0 and _describable(x, weight, y2d) and (x.dtype != torch.float32 or precision == "tf32")
+    on_tensor_cores = x.dtype != torch.float32 or precision == "tf32"
+    tma = capability >= 90 and k > 0 and on_tensor_cores and _describable(x, weight, y2d)
     config = lookup(
         "linear",
         f"m={m},n={n},k={k},{str(x.dtype)[6:]}" + ("" if tma else ",pointers"),
@@ -349,14 +352,14 @@ def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _linear_setup(ctx, inputs, output):  # noqa: ANN001 (torch.library's contract)
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, activation, residual, scale, _ = inputs
     ctx.save_for_backward(x, weight, bias, scale)
     ctx.activation = activation
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _linear_backward(ctx, dy):  # noqa: ANN001
+def _linear_backward(ctx: Any, dy) -> tuple[Any, ...]:
     x, weight, bias, scale = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _, _, needs_scale, _ = ctx.needs_input_grad
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)

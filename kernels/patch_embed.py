@@ -4,23 +4,25 @@
     tokens[:, T+n] = weight . patch n of (pixels / 255 - mean) / std + bias + its row of pos_embed
 
 pixels are `[B, C, H, W]`, float or uint8, NCHW or channels_last; weight is `[D, C, P, Q]` (as the `nn.Conv2d` of stride
-P x Q keeps it), prefix `[T, D]` (class, distillation, register tokens), tokens `[B, T + N, D]` with N = (H / P) * (W / Q).
+P x Q keeps it), prefix `[T, D]` (class, distillation, register tokens), tokens `[B, T + N, D]`, N = (H / P) * (W / Q).
 Division by 255 applies to uint8 pixels alone; mean and std are per channel and may be left out.
 
 Fused: the patches are gathered by the GEMM's own address arithmetic (implicit GEMM, no im2col copy); uint8 pixels are
-converted and normalised between load and dot, in fp32 and rounded once to the operands' dtype; bias and position embedding are
-added to the fp32 accumulator; the program that holds an image's first patch writes the prefix rows of its columns.
-Normalising at the load needs no second copy of the weights, which folding mean and std into them would.
+converted and normalised between load and dot, in fp32 and rounded once to the operands' dtype; bias and position
+embedding are added to the fp32 accumulator; the program that holds an image's first patch writes the prefix rows of
+its columns. Normalising at the load needs no second copy of the weights, which folding mean and std into them would.
 
 K runs over (C, P, Q) for NCHW and over (P, Q, C) for channels_last, so that neighbouring k are neighbouring pixels.
 
-FLOPs: 2*B*N*D*C*P*Q. Bytes: B*C*H*W of the pixels' size, D*C*P*Q*e weights, B*(T+N)*D*e tokens; uint8 pixels are a quarter of
-fp32 ones. ViT-B/16 at 224, batch 256, bf16: 59 GFLOP; 77 MB of bf16 pixels (38.5 of uint8) and 77 MB of tokens.
+FLOPs: 2*B*N*D*C*P*Q. Bytes: B*C*H*W of the pixels' size, D*C*P*Q*e weights, B*(T+N)*D*e tokens; uint8 pixels are a
+quarter of fp32 ones. ViT-B/16 at 224, batch 256, bf16: 59 GFLOP; 77 MB of bf16 pixels (38.5 of uint8) and 77 MB of
+tokens.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), equation 1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +112,9 @@ def _patch_embed_fwd_kernel(
     batch = rows // N
     patch = (rows % N).to(tl.int32)
     # first pixel of each patch
-    corner = batch * stride_b + (patch // grid_w).to(tl.int64) * P * stride_h + (patch % grid_w).to(tl.int64) * Q * stride_w
+    grid_y = (patch // grid_w).to(tl.int64)
+    grid_x = (patch % grid_w).to(tl.int64)
+    corner = batch * stride_b + grid_y * P * stride_h + grid_x * Q * stride_w
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -137,9 +141,9 @@ def _patch_embed_fwd_kernel(
                 x /= tl.load(std_ptr + c, mask=k_mask, other=1.0).to(tl.float32)[None, :]
         x = x.to(weight_ptr.dtype.element_ty)
         # weights lie in k's own order; past the last k they are zero, whatever normalising made of the pixels there
-        w = tl.load(
-            weight_ptr + cols.to(tl.int64)[None, :] * K + k[:, None], mask=k_mask[:, None] & col_mask[None, :], other=0.0
-        )  # [BLOCK_K, BLOCK_N]
+        w_mask = k_mask[:, None] & col_mask[None, :]
+        # [BLOCK_K, BLOCK_N]
+        w = tl.load(weight_ptr + cols.to(tl.int64)[None, :] * K + k[:, None], mask=w_mask, other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
@@ -207,7 +211,9 @@ def _check_patch_embed(
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
         raise TypeError(f"{op}: 'pixels' has dtype {pixels.dtype}; expected uint8 or floating point")
     if pixels.device != weight.device:
-        raise ValueError(f"{op}: 'pixels' is on {pixels.device}, but 'weight' is on {weight.device}; expected one device")
+        raise ValueError(
+            f"{op}: 'pixels' is on {pixels.device}, but 'weight' is on {weight.device}; expected one device"
+        )
     if pixels.dim() != 4 or weight.dim() != 4 or pixels.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{op}: 'pixels' has shape {list(pixels.shape)} and 'weight' {list(weight.shape)};"
@@ -216,7 +222,8 @@ def _check_patch_embed(
     (width, channels, p, q), (height, image_width) = weight.shape, pixels.shape[2:]
     if height < p or image_width < q or height % p or image_width % q:
         raise ValueError(
-            f"{op}: image of {height} x {image_width} pixels; expected a height divisible by {p} and a width divisible by {q}"
+            f"{op}: image of {height} x {image_width} pixels;"
+            f" expected a height divisible by {p} and a width divisible by {q}"
         )
     check_shape(op, "bias", bias, width)
     check_shape(op, "mean", mean, channels)
@@ -299,14 +306,14 @@ def _patch_embed(
     return tokens
 
 
-def _patch_embed_setup(ctx, inputs, output):  # noqa: ANN001 (torch.library's contract)
+def _patch_embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pixels, weight, bias, prefix, pos_embed, mean, std, _ = inputs
     ctx.save_for_backward(pixels, weight, bias, mean, std)
     ctx.prefix = None if prefix is None else (prefix.shape[0], prefix.dtype)
     ctx.pos = None if pos_embed is None else (pos_embed.shape[0], pos_embed.dtype)
 
 
-def _patch_embed_backward(ctx, grad):  # noqa: ANN001
+def _patch_embed_backward(ctx: Any, grad) -> tuple[Any, ...]:
     pixels, weight, bias, mean, std = ctx.saved_tensors
     p, q = weight.shape[2:]
     t, prefix_dtype = ctx.prefix or (0, None)
@@ -367,8 +374,8 @@ def patch_embed(
             `torch.backends.cuda.matmul.allow_tf32` is off.
 
     Returns:
-        `[B, T + N, D]`, contiguous, in the dtype that torch promotes weight, prefix and pos_embed to. Floating-point pixels are
-        cast to the weight's dtype. Under autocast weight and bias are cast as a convolution's are.
+        `[B, T + N, D]`, contiguous, in the dtype that torch promotes weight, prefix and pos_embed to. Floating-point
+        pixels are cast to the weight's dtype. Under autocast weight and bias are cast as a convolution's are.
 
     Raises:
         ValueError: a shape or device does not fit, or the image is not divisible into patches.

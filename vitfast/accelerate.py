@@ -133,9 +133,9 @@ def accelerate(
 ) -> Model:
     """Replace a model's modules by fused ones, in place.
 
-    Parameters are shared, not copied; `state_dict()` keeps its keys, and its values unless `precision` casts them. Hooks,
-    `deepcopy`, pickling, gradient checkpointing and train/eval switches work as before. What cannot be replaced stays as
-    it is, and `report(model)` says why.
+    Parameters are shared, not copied; `state_dict()` keeps its keys, and its values unless `precision` casts them.
+    Hooks, `deepcopy`, pickling, gradient checkpointing and train/eval switches work as before. What cannot be
+    replaced stays as it is, and `report(model)` says why.
 
     Args:
         model: a `vitfast.VisionTransformer`, a timm `VisionTransformer`, or any model that holds their modules.
@@ -151,19 +151,23 @@ def accelerate(
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`, or a scripted one.
-        ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model that
-            was cast to another precision before.
+        ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model
+            that was cast to another precision before.
     """
     _check_model(model)
     selected = _kinds(only)
     policy = None if precision is None else get_precision(precision)
     state: _State = vars(model).get(_STATE) or _State()
     if policy and state.precision and policy != state.precision:
-        raise ValueError(f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}")
+        raise ValueError(
+            f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}"
+        )
 
     found = [(name, module, m) for name, module, m in _matches(model) if m.kind in selected]
     if strict:
-        refused = [f"{name or '(model)'} ({type(module).__name__}): {m.reason}" for name, module, m in found if m.reason]
+        refused = [
+            f"{name or '(model)'} ({type(module).__name__}): {m.reason}" for name, module, m in found if m.reason
+        ]
         if refused:
             raise ValueError("strict: these modules cannot be replaced: " + "; ".join(refused))
         if not found and not any(isinstance(module, FusedLayer) for module in model.modules()):

@@ -1,9 +1,9 @@
 """Layers that call the kernels: `forward` only, no state of their own.
 
 Each class here is a mix-in. An adapter puts it in front of the class that it replaces
-(`class FusedTimmBlock(FusedBlock, timm.Block)`), and `accelerate` sets a module's `__class__` to the result. So parameters,
-buffers, hooks and attributes stay where they are, `isinstance` holds, `super().forward` is the original, and restoring
-is setting `__class__` back. The attribute names are timm's, which the reference model shares.
+(`class FusedTimmBlock(FusedBlock, timm.Block)`), and `accelerate` sets a module's `__class__` to the result. So
+parameters, buffers, hooks and attributes stay where they are, `isinstance` holds, `super().forward` is the original,
+and restoring is setting `__class__` back. The attribute names are timm's, which the reference model shares.
 
 A fused layer skips the `forward` of the modules inside it. Where that would lose something (a hook, a LoRA layer in
 the place of a linear one, active dropout), it calls those modules as the original does, and `limits` says so.
@@ -29,7 +29,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    # exactly this class: LoRA, quantised and parametrised layers are subclasses or stand-ins with a forward of their own
+    # exactly this class: LoRA, quantised and parametrised layers are others, with a forward of their own
     return type(module) is kind and not hooked(module)
 
 

@@ -1,8 +1,8 @@
 """Precision policies: which dtype each part of a model has.
 
-Every policy accumulates in fp32, takes LayerNorm statistics and softmax in fp32 and resizes position embeddings in fp32; the
-kernels hold to that whatever they are given. What a policy chooses is the dtype of weights and activations, and whether
-fp32 products may run in tf32.
+Every policy accumulates in fp32, takes LayerNorm statistics and softmax in fp32 and resizes position embeddings in
+fp32; the kernels hold to that whatever they are given. What a policy chooses is the dtype of weights and activations,
+and whether fp32 products may run in tf32.
 """
 
 from __future__ import annotations

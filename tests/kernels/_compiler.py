@@ -7,6 +7,7 @@ a few lines stands in, arguments live on torch's meta device, and the code under
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -47,6 +48,9 @@ class Compiled:
 
     Attributes:
         name: of the kernel function.
+        arguments: what the launch passed, by the kernel's parameter names.
+        programs: the grid's size.
+        ttir: Triton's own representation, before layouts and targets.
         assembly: PTX or AMD GCN text.
         shared: bytes of shared memory a program uses.
         spills: bytes of local memory a thread uses (stack frame; on AMD scratch).
@@ -55,6 +59,9 @@ class Compiled:
     """
 
     name: str
+    arguments: dict[str, Any]
+    programs: int
+    ttir: str
     assembly: str
     shared: int
     spills: int
@@ -105,16 +112,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1]) + int(local[1])
 
 
-def _compiled(name: str, kernel: Any) -> Compiled:
+def _compiled(name: str, kernel: Any, arguments: dict[str, Any], programs: int) -> Compiled:
+    launched = (name, arguments, programs, kernel.asm["ttir"])
     if "cubin" in kernel.asm:
         cubin = kernel.asm["cubin"]
         registers, spills = _resources(cubin)
-        return Compiled(name, kernel.asm["ptx"], kernel.metadata.shared, spills, registers, cubin)
+        return Compiled(*launched, kernel.asm["ptx"], kernel.metadata.shared, spills, registers, cubin)
     text = kernel.asm["amdgcn"]
     scratch = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)
     registers_used = re.search(r"\.vgpr_count:\s*(\d+)", text)
     assert scratch and registers_used, "no resource metadata in the AMD assembly"
-    return Compiled(name, text, kernel.metadata.shared, int(scratch[1]), int(registers_used[1]), b"")
+    return Compiled(*launched, text, kernel.metadata.shared, int(scratch[1]), int(registers_used[1]), b"")
 
 
 @contextmanager
@@ -126,8 +134,11 @@ def compiling(target: str, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType
 
     def launch(kernel: JITFunction, grid: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> None:
-            name = kernel.fn.__name__
-            compiled.append(_compiled(name, kernel.warmup(*args, grid=grid, **kwargs)))
+            arguments = dict(zip(kernel.arg_names, args, strict=False))
+            arguments.update((name, value) for name, value in kwargs.items() if name in kernel.arg_names)
+            programs = math.prod(grid)
+            binary = kernel.warmup(*args, grid=grid, **kwargs)
+            compiled.append(_compiled(kernel.fn.__name__, binary, arguments, programs))
 
         return run
 

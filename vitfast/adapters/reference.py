@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class FusedReferenceMlp(layers.FusedMlp, model.Mlp):
     """`vitfast.model.Mlp`."""
 
     replaces = model.Mlp
-    activations = {model.QuickGELU: "quick_gelu"}
+    activations: ClassVar = {model.QuickGELU: "quick_gelu"}
 
 
 class FusedReferenceBlock(layers.FusedBlock, model.Block):

@@ -8,7 +8,7 @@ Imported only for models that hold a class of timm. Contracts read in timm 1.0.3
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.layers
 import torch
@@ -72,7 +72,7 @@ class FusedTimmMlp(layers.FusedMlp, timm.layers.Mlp):
     """`timm.layers.Mlp` of linear layers."""
 
     replaces = timm.layers.Mlp
-    activations = {
+    activations: ClassVar = {
         timm.layers.activations.GELU: "gelu",
         timm.layers.activations.GELUTanh: "gelu_tanh",
         timm.layers.activations.QuickGELU: "quick_gelu",

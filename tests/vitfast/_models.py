@@ -1,0 +1,147 @@
+"""Tiny models with weights that matter, and the comparison of a plain model with an accelerated one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import vitfast
+from tests._close import assert_close
+from vitfast.layers import FusedLayer
+
+# odd enough that swapped sizes show: 3 x 4 patches, head width 12, two blocks
+TINY = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter values that matter: no zero heads, unit norms or vanishing LayerScale."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim == 1:
+                centre = 1.0 if ("norm" in name and name.endswith("weight")) or "gamma" in name else 0.0
+                p.copy_(centre + 0.3 * noise)
+            elif name.endswith("weight"):
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.copy_(0.5 * noise)
+    return model
+
+
+def images(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def reference(**changes: Any) -> nn.Module:
+    """The reference model, in evaluation mode."""
+    return randomise(vitfast.VisionTransformer(**{**TINY, **changes})).eval()
+
+
+def timm_vit(**changes: Any) -> nn.Module:
+    """timm's `VisionTransformer`, in evaluation mode."""
+    return randomise(TimmVisionTransformer(**{**TINY, **changes})).eval()
+
+
+def timm_deit(**changes: Any) -> nn.Module:
+    """timm's distilled DeiT, in evaluation mode."""
+    return randomise(VisionTransformerDistilled(**{**TINY, **changes})).eval()
+
+
+def timm_model(name: str, **changes: Any) -> nn.Module:
+    """A registered model of timm, in evaluation mode."""
+    return randomise(timm.create_model(name, **changes)).eval()
+
+
+BUILDERS = {"reference": reference, "timm": timm_vit}
+
+
+def fused_names(model: nn.Module) -> dict[str, str]:
+    """Name of each fused module's class, by the module's name."""
+    return {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, FusedLayer)}
+
+
+def kept_reasons(model: nn.Module) -> dict[str, str]:
+    """Note of each module that the report lists as not replaced, by the module's name."""
+    return {row.module: row.note for row in vitfast.report(model).kept}
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def run(
+    model: nn.Module, call: Callable[..., Any], x: Tensor, *, train: bool = False, grad: bool = True, seed: int = 3
+) -> dict[str, Tensor]:
+    """Outputs of `call(model, x)` and the gradients of a fixed random functional of them, by name.
+
+    The random numbers that the model draws start from `seed`.
+    """
+    model.train(train)
+    model.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_(grad)
+    torch.manual_seed(seed)
+    with torch.set_grad_enabled(grad):
+        outputs = _tensors(call(model, x))
+    results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    if grad:
+        loss = sum((out * images(*out.shape, seed=7 + i, dtype=out.dtype)).sum() for i, out in enumerate(outputs))
+        loss.backward()
+        results["gradient of the pixels"] = x.grad
+        # two names of one tensor share a gradient
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if p.grad is not None:
+                results[f"gradient of {name}"] = p.grad.clone()
+    model.zero_grad(set_to_none=True)
+    return results
+
+
+def forward(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+def assert_same(
+    plain: nn.Module,
+    fused: nn.Module,
+    x: Tensor,
+    call: Callable[..., Any] = forward,
+    *,
+    train: bool = False,
+    grad: bool = True,
+    truth: nn.Module | None = None,
+) -> None:
+    """Hold the accelerated model's outputs and gradients to the rule, against the plain model in float64.
+
+    With `train` the random numbers matter: float64 draws others, so the plain model itself is the truth.
+    """
+    actual, baseline = (run(model, call, x, train=train, grad=grad) for model in (fused, plain))
+    if train:
+        exact = {name: value.double() for name, value in baseline.items()}
+    else:
+        exact = run(truth or copy.deepcopy(plain).double(), call, x.double(), grad=grad)
+    assert actual.keys() == baseline.keys() == exact.keys()
+    for name, value in actual.items():
+        assert_close(value, exact[name], baseline[name], name=name)
+
+
+def check(
+    build: Callable[..., nn.Module], x: Tensor, call: Callable[..., Any] = forward, *, train: bool = False, **changes: Any
+) -> nn.Module:
+    """Build a model, accelerate a copy, compare both; the accelerated one comes back."""
+    plain = build(**changes)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert fused_names(fused), "nothing was replaced"
+    assert_same(plain, fused, x, call, train=train)
+    # and back: nothing of the fused layers is left behind
+    again = vitfast.restore(copy.deepcopy(fused))
+    assert [type(m) for m in again.modules()] == [type(m) for m in plain.modules()]
+    assert_same(plain, again, x, call, train=train, grad=False)
+    return fused
