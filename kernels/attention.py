@@ -215,7 +215,7 @@ def split_head_dim(d: int) -> tuple[int, int]:
     return (2 * main, 0) if tail >= main else (main, tail)
 
 
-def heuristic(n: int, s: int, d: int, dtype: torch.dtype, arch: int) -> Config:
+def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: int) -> Config:
     """Tiles that hold the scores in registers: BLOCK_M x BLOCK_S fp32 over the warps, at most 128 a thread.
 
     Args:
@@ -223,6 +223,7 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, arch: int) -> Config:
         s: keys.
         d: head dim.
         dtype: of q, k and v; fp32 operands take twice the shared memory.
+        biased: a bias is added, whose tile takes as many registers as the scores again.
         arch: 10 * major + minor of the compute capability.
     """
     main, tail = split_head_dim(d)
@@ -234,13 +235,15 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, arch: int) -> Config:
             return Config(16, 16, num_warps=8 if width > 160 else 4, num_stages=1)
         if width > 64:
             # smaller where all keys fit one tile: without a loop both products' operands are in registers at once
-            return Config(32 if keys > 16 else 16, 32 if keys > 32 else 16, num_warps=4, num_stages=2)
+            return Config(32 if keys > 32 else 16, 32 if keys > 32 else 16, num_warps=4, num_stages=2)
         return Config(32, min(32, keys), num_warps=4, num_stages=1)
     if width > 128:
         # 128 + 64 holds the fragments of two wide tiles at once
         return Config(64, 16 if width == 192 else min(32, keys), num_warps=8, num_stages=1)
     # wgmma reads K from shared memory and leaves the registers to the scores; mma.sync holds fragments of K too
-    if wgmma:
+    if biased:
+        whole = 64
+    elif wgmma:
         whole = 256 if width <= 64 and tail == 0 else 128
     else:
         whole = 128 if width <= 64 else 64
@@ -296,10 +299,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
         bias_strides = bias.stride()
     config = lookup(
         "attention",
-        f"n={n},s={s},d={d},{str(q.dtype)[6:]}",
+        f"n={n},s={s},d={d},{str(q.dtype)[6:]}" + ("" if bias is None else ",bias"),
         q.device,
         Config,
-        lambda: heuristic(n, s, d, q.dtype, arch(q.device)),
+        lambda: heuristic(n, s, d, q.dtype, bias is not None, arch(q.device)),
     )
     d_main, d_tail = split_head_dim(d)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])

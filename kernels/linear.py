@@ -209,12 +209,15 @@ class Config:
     subtile: bool = False
 
 
-def heuristic(m: int, n: int, k: int, dtype: torch.dtype, arch: int, tma: bool, sms: int) -> Config:
+def heuristic(
+    m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, arch: int, tma: bool, sms: int
+) -> Config:
     """Tiles from the shape alone: the largest that still give every multiprocessor one.
 
     Args:
         m, n, k: the GEMM's sizes.
         dtype: of the operands; exact fp32 runs outside the tensor cores and keeps small tiles.
+        out_dtype: of the output, whose tile passes through shared memory in the descriptor kernel.
         arch: 10 * major + minor of the compute capability.
         tma: the operands can be described to the copy engine.
         sms: number of multiprocessors.
@@ -225,12 +228,14 @@ def heuristic(m: int, n: int, k: int, dtype: torch.dtype, arch: int, tma: bool, 
             return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True)
         return Config(64, 64, 32, 8, num_warps=4, num_stages=3)
     if tma and large:
-        if arch == 90 and cdiv(m, 128) * cdiv(n, 256) >= 2 * sms:
+        # a tile of fp32 output takes twice the shared memory: store it in halves
+        wide = out_dtype == torch.float32
+        if arch == 90 and not wide and cdiv(m, 128) * cdiv(n, 256) >= 2 * sms:
             return Config(128, 256, 64, 8, num_warps=8, num_stages=3, tma=True, subtile=True)
         # sm_120 has the copy engine, but 99 KiB of shared memory for a block instead of 227
         if arch == 120:
-            return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True)
-        return Config(128, 128, 64, 8, num_warps=8, num_stages=4, tma=True)
+            return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True, subtile=wide)
+        return Config(128, 128, 64, 8, num_warps=8, num_stages=4, tma=True, subtile=wide)
     if tma:
         return Config(64, 64, 64, 8, num_warps=4, num_stages=3 if arch == 120 else 5, tma=True)
     if large:
@@ -303,10 +308,12 @@ def _linear(
     tma = capability >= 90 and k > 0 and on_tensor_cores and _describable(x, weight, y2d)
     config = lookup(
         "linear",
-        f"m={m},n={n},k={k},{str(x.dtype)[6:]}" + ("" if tma else ",pointers"),
+        f"m={m},n={n},k={k},{str(x.dtype)[6:]}"
+        + ("" if y.dtype == x.dtype else f",{str(y.dtype)[6:]} out")
+        + ("" if tma else ",pointers"),
         x.device,
         Config,
-        lambda: heuristic(m, n, k, x.dtype, capability, tma, sms),
+        lambda: heuristic(m, n, k, x.dtype, y.dtype, capability, tma, sms),
     )
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     stride_rm = 0 if residual is None else residual.stride(0)

@@ -121,13 +121,13 @@ def _patch_embed_fwd_kernel(
         k_mask = k < K
         if CHANNELS_LAST:
             c = k % C
-            q = (k // C) % Q
-            p = k // (C * Q)
+            # a patch's row is one run of Q * C elements; said like this, the compiler sees it and loads it wide
+            offset = (k // (C * Q)).to(tl.int64) * stride_h + k % (C * Q)
         else:
             q = k % Q
             p = (k // Q) % P
             c = k // (P * Q)
-        offset = c.to(tl.int64) * stride_c + p.to(tl.int64) * stride_h + q.to(tl.int64) * stride_w
+            offset = c.to(tl.int64) * stride_c + p.to(tl.int64) * stride_h + q.to(tl.int64) * stride_w
         x = tl.load(
             pixels_ptr + corner[:, None] + offset[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0
         )  # [BLOCK_M, BLOCK_K]
@@ -189,9 +189,11 @@ def heuristic(patches: int, width: int, k: int, dtype: torch.dtype, arch: int) -
         arch: 10 * major + minor of the compute capability.
     """
     if dtype == torch.float32:
-        return Config(64, 64, 32, num_warps=4, num_stages=3)
+        # triton 3.7 takes an fp32 operand that was converted from fewer bits to sm_100's tensor cores, exact or not,
+        # in tiles of 64 rows or more
+        return Config(32 if arch == 100 else 64, 64, 32, num_warps=4, num_stages=3)
     if cdiv(patches, 128) * cdiv(width, 128) >= 108:
-        return Config(128, 128, 64, num_warps=8, num_stages=3 if arch in (80, 90, 100) else 2)
+        return Config(128, 128, 64 if arch in (80, 90, 100) else 32, num_warps=8, num_stages=3)
     return Config(64, 64, 64, num_warps=4, num_stages=3)
 
 
@@ -230,8 +232,9 @@ def _check_patch_embed(
     check_shape(op, "std", std, channels)
     t = 0
     if prefix is not None:
+        if prefix.dim() != 2 or prefix.shape[1] != width:
+            raise ValueError(f"{op}: 'prefix' has shape {list(prefix.shape)}; expected [T, {width}]")
         t = prefix.shape[0]
-        check_shape(op, "prefix", prefix, t, width)
     if pos_embed is not None:
         n = (height // p) * (image_width // q)
         if pos_embed.dim() != 2 or pos_embed.shape[1] != width or pos_embed.shape[0] not in (n, n + t):
@@ -249,7 +252,8 @@ def _output_dtype(weight: Tensor, prefix: Tensor | None, pos_embed: Tensor | Non
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(3) != 1 and x.shape[1] > 1
+    # without a gap between pixels: channels cut out of wider ones take the general order
+    return x.stride(1) == 1 and x.stride(3) == x.shape[1] > 1
 
 
 @kernel_op("vitfast::patch_embed", reference=patch_embed_ref, check=_check_patch_embed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Match, match
-from .layers import KINDS, FusedLayer
+from .layers import KINDS, FusedLayer, overridden
 from .precision import Precision, get_precision
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,16 +86,18 @@ def _collapse(names: list[str]) -> str:
 class _State:
     """What `restore` undoes beside the classes: a cast and a compile.
 
-    `originals` holds the parameters and buffers as they were before the cast, under (module name, tensor name).
+    `originals` holds the data of parameters and buffers as it was before the cast, under (module name, tensor name),
+    and None for a tensor that had the dtype already.
     """
 
     precision: Precision | None = None
-    originals: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    originals: dict[tuple[str, str], Tensor | None] = field(default_factory=dict)
     compiled: bool = False
 
 
 def _matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
-    found = ((name, module, match(module)) for name, module in model.named_modules())
+    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, FusedLayer)]
+    found = ((name, module, match(module)) for name, module in modules)
     return [(name, module, m) for name, module, m in found if m is not None]
 
 
@@ -114,7 +116,7 @@ def report(model: nn.Module) -> Report:
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, FusedLayer):
-            note = "; ".join(module.limits())
+            note = "; ".join(overridden(module) + module.limits())
             rows.append(Row(name, module.kind, module.replaces.__name__, type(module).__name__, note))
         elif (found := match(module)) is not None:
             note = found.reason or "could be replaced, is not switched on"
@@ -140,7 +142,8 @@ def accelerate(
     Args:
         model: a `vitfast.VisionTransformer`, a timm `VisionTransformer`, or any model that holds their modules.
         precision: `"fp32"`, `"tf32"`, `"bf16"` or `"fp16"`: casts parameters and floating-point buffers once, as
-            `model.to(dtype)` does, and keeps the originals for `restore`. None leaves every dtype as it is.
+            `model.to(dtype)` does (they stay the same objects), and keeps the original data for `restore`. None leaves
+            every dtype as it is.
         only: kinds of replacement to switch on, out of `"patch_embed"`, `"layer_norm"`, `"attention"`, `"mlp"` and
             `"block"`; default all. A further call adds to what is switched on.
         compile: also compile the model's forward (`model.compile()`), so the state dict has no `_orig_mod.` prefix.
@@ -176,8 +179,11 @@ def accelerate(
         if m.fused is not None:
             module.__class__ = m.fused
 
-    if policy and not state.precision:
-        state.originals = _cast(model, policy.dtype)
+    if policy:
+        # a further call casts what was put into the model since
+        for key, original in _cast(model, policy.dtype).items():
+            if original is not None or key not in state.originals:
+                state.originals[key] = original
         state.precision = policy
     if state.precision:
         for module in model.modules():
@@ -194,8 +200,8 @@ def accelerate(
 def restore(model: Model) -> Model:
     """Undo `accelerate`: the original classes, dtypes and forward, with what training changed.
 
-    Parameters that a cast replaced come back as the very objects they were. Their values are the original ones where
-    the cast copy was not changed since, else the changed ones, widened.
+    Parameters stay the objects that they are. The values of those that were cast are the original ones, bit for bit,
+    where they were not changed since, else the changed ones in the original dtype.
 
     Args:
         model: the model that `accelerate` was given; one that was not accelerated stays as it is.
@@ -215,7 +221,8 @@ def restore(model: Model) -> Model:
             module.__class__ = replaces
     state: _State | None = vars(model).pop(_STATE, None)
     if state is not None:
-        _uncast(model, state.originals)
+        if state.precision is not None:
+            _uncast(model, state.precision.dtype, state.originals)
         if state.compiled:
             model._compiled_call_impl = None
     return model
@@ -239,10 +246,10 @@ def _kinds(only: Collection[str] | None) -> frozenset[str]:
     return frozenset(only)
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
-    """Every floating-point parameter and buffer once per place it is registered in."""
+def _tensors(model: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """Every floating-point parameter and buffer, once per place it is registered in."""
     return [
-        (prefix, module, name, tensor)
+        (prefix, name, tensor)
         for prefix, module in model.named_modules()
         for registry in (module._parameters, module._buffers)
         for name, tensor in registry.items()
@@ -250,39 +257,51 @@ def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
     ]
 
 
-def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    registry = module._parameters if name in module._parameters else module._buffers
-    registry[name] = tensor  # type: ignore[assignment]
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other data, and its gradient the dtype, as `Module.to` does: the object stays."""
+    grad = tensor.grad if tensor.is_leaf else None
+    if grad is not None:
+        tensor.grad = None
+    tensor.data = data
+    if grad is not None:
+        tensor.grad = grad.to(data.dtype)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> dict[tuple[str, str], Tensor]:
-    """Give a model its tensors in `dtype`; return those that were replaced. Tied tensors stay tied."""
-    originals: dict[tuple[str, str], Tensor] = {}
-    copies: dict[int, Tensor] = {}
-    for prefix, module, name, tensor in _tensors(model):
-        if tensor.dtype == dtype:
-            continue
-        if id(tensor) not in copies:
-            copy = tensor.detach().to(dtype)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            copies[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if is_parameter else copy
-        originals[prefix, name] = tensor
-        _replace(module, name, copies[id(tensor)])
+def _cast(model: nn.Module, dtype: torch.dtype) -> dict[tuple[str, str], Tensor | None]:
+    """Give a model's tensors data in `dtype`; return what they had, None where that was it. Tied tensors stay tied."""
+    originals: dict[tuple[str, str], Tensor | None] = {}
+    seen: dict[int, Tensor | None] = {}
+    for prefix, name, tensor in _tensors(model):
+        if id(tensor) not in seen:
+            seen[id(tensor)] = None if tensor.dtype == dtype else tensor.data
+            if tensor.dtype != dtype:
+                _set_data(tensor, tensor.data.to(dtype))
+        originals[prefix, name] = seen[id(tensor)]
     return originals
 
 
-def _uncast(model: nn.Module, originals: dict[tuple[str, str], Tensor]) -> None:
-    for prefix, module, name, tensor in _tensors(model):
+def _uncast(model: nn.Module, dtype: torch.dtype, originals: dict[tuple[str, str], Tensor | None]) -> None:
+    known = [original for original in originals.values() if original is not None]
+    seen: set[int] = set()
+    for prefix, name, tensor in _tensors(model):
         original = originals.get((prefix, name))
-        # a tensor of another shape was put there since (a new head): it stays, in the original dtype
-        if original is None:
+        if id(tensor) in seen:
             continue
-        if original.shape != tensor.shape:
-            module.to(original.dtype)
-            continue
-        with torch.no_grad():
-            original.data = original.data.to(tensor.device)
-            if not torch.equal(original.to(tensor.dtype), tensor):
-                original.copy_(tensor)
-        original.requires_grad_(tensor.requires_grad)
-        _replace(module, name, original)
+        seen.add(id(tensor))
+        if original is not None and _is_cast_of(tensor, original, dtype):
+            # two tensors that were one when they were cast must not share memory now
+            data = original.clone() if id(original) in seen else original
+            seen.add(id(original))
+            _set_data(tensor, data.to(tensor.device))
+        elif original is not None:
+            _set_data(tensor, tensor.data.to(original.dtype))
+        elif (prefix, name) not in originals and tensor.dtype == dtype and known:
+            # put there since: it goes where its neighbours go
+            _set_data(tensor, tensor.data.to(known[0].dtype))
+
+
+def _is_cast_of(tensor: Tensor, original: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor's values are still what the cast of `original` to `dtype` gave."""
+    if tensor.shape != original.shape or tensor.is_meta or original.is_meta:
+        return False
+    return torch.equal(original.to(tensor.device, dtype).to(tensor.dtype), tensor.detach())

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import kernels
 
@@ -22,29 +23,46 @@ KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module's `forward` directly would skip a hook."""
+    """Whether computing what the module does without calling it would skip a hook or a `forward` of its own."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        # attention-map tools and offloading put a function in the instance
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
     )
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def overridden(module: nn.Module) -> list[str]:
+    """A sentence for each method that an object has of its own, in the place of its class's."""
+    names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    # what every module has (train, state_dict) is not part of the forward
+    return [f"{name} is replaced on this object" for name in names if name == "forward" or not hasattr(nn.Module, name)]
+
+
+def symbolic(x: Tensor) -> bool:
+    """Whether `torch.fx` traces, as feature extractors do: it cannot follow a kernel, so it is given the original."""
+    return isinstance(x, Proxy)
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very class and calling it does nothing beyond the class's `forward`."""
     # exactly this class: LoRA, quantised and parametrised layers are others, with a forward of their own
     return type(module) is kind and not hooked(module)
 
 
-def _inactive(module: nn.Module) -> bool:
-    """Whether a dropout, drop-path or identity module passes its input through, now."""
-    if hooked(module):
-        return False
-    if isinstance(module, nn.Identity) or not module.training:
-        return isinstance(module, (nn.Identity, nn.Dropout)) or hasattr(module, "drop_prob")
-    rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "drop_prob", None)
-    return rate == 0.0
+def _inactive(module: nn.Module, kind: type[nn.Module] = nn.Dropout, rate: str = "p") -> bool:
+    """Whether a dropout of exactly this class, or an identity in its place, passes its input through, now."""
+    if plain(module, nn.Identity):
+        return True
+    # a subclass may drop in evaluation too (Monte Carlo dropout)
+    return plain(module, kind) and (not module.training or getattr(module, rate) == 0.0)
 
 
 def _why_called(name: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
-    if _plain(module, kind):
+    if plain(module, kind):
         return []
     why = "has hooks" if type(module) is kind else f"is a {type(module).__name__}"
     return [f"{name} {why}: called as a module"]
@@ -52,7 +70,7 @@ def _why_called(name: str, module: nn.Module, kind: type[nn.Module]) -> list[str
 
 def _linear(module: nn.Module, x: Tensor, residual: Tensor | None, scale: Tensor | None, tf32: bool) -> Tensor:
     """`residual + scale * module(x)`, in one kernel where the module is a plain `nn.Linear`."""
-    if _plain(module, nn.Linear):
+    if plain(module, nn.Linear):
         return kernels.linear(x, module.weight, module.bias, residual=residual, scale=scale, tf32=tf32)
     return _residual(module(x), residual, scale)
 
@@ -90,6 +108,8 @@ class FusedLayerNorm(FusedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
+        if symbolic(x):
+            return super().forward(x)  # type: ignore[misc]
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -97,19 +117,37 @@ class FusedPatchEmbed(FusedLayer):
     """Patch embedding as an implicit GEMM: `vitfast.kernels.patch_embed`."""
 
     kind = "patch_embed"
+    patch_size: Any
     proj: Any
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the original would of these pixels."""
-        # without the model's mean and std raw bytes mean nothing: the original says so in its own words
-        return pixels.dtype != torch.uint8 and _plain(self.proj, nn.Conv2d)
+        # what the original refuses, it shall refuse in its own words; raw bytes without mean and std are among that
+        return (
+            not symbolic(pixels)
+            and pixels.dim() == 4
+            and pixels.is_floating_point()
+            and pixels.shape[1] == self.proj.in_channels
+            and not self._why_convolved()
+        )
+
+    def _why_convolved(self) -> list[str]:
+        if limits := _why_called("proj", self.proj, nn.Conv2d):
+            return limits
+        proj, patch = self.proj, tuple(self.patch_size)
+        # dense feature extractors make the stride smaller than the patch, in place
+        if proj.kernel_size != patch or proj.stride != patch:
+            return [f"proj has kernel {proj.kernel_size} and stride {proj.stride}: called as a module"]
+        if proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
+            return ["proj is padded, dilated or grouped: called as a module"]
+        return []
 
     def tokens(self, pixels: Tensor, prefix: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`, with prefix tokens `[T, D]` and position embeddings `[N or T + N, D]`."""
         return kernels.patch_embed(pixels, self.proj.weight, self.proj.bias, prefix, pos_embed, tf32=self.tf32)
 
     def limits(self) -> list[str]:
-        return _why_called("proj", self.proj, nn.Conv2d)
+        return self._why_convolved()
 
 
 class FusedAttention(FusedLayer):
@@ -127,7 +165,8 @@ class FusedAttention(FusedLayer):
 
     def fusable(self) -> bool:
         """Whether the attention kernel computes what the original would: it has no dropout."""
-        return _inactive(self.attn_drop)
+        # the original reads the rate from the dropout, and whether it trains from itself or the dropout
+        return _inactive(self.attn_drop) and not (self.training and getattr(self.attn_drop, "p", 0.0))
 
     def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """`residual + scale * attention(x)`, `[B, N, D]` to `[B, N, D]`."""
@@ -138,7 +177,7 @@ class FusedAttention(FusedLayer):
 
     def core(self, qkv: Tensor) -> Tensor:
         """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
-        if _plain(self.q_norm, nn.Identity) and _plain(self.k_norm, nn.Identity):
+        if plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity):
             return kernels.attention_qkv(qkv, self.num_heads, self.scale, tf32=self.tf32)
         q, k, v = self.heads(qkv)
         return kernels.attention(q, k, v, self.scale, tf32=self.tf32).transpose(1, 2).flatten(2)
@@ -184,7 +223,7 @@ class FusedMlp(FusedLayer):
     def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """`residual + scale * mlp(x)`, `[..., D]` to `[..., D]`."""
         activation = None if hooked(self.act) else self.activation(self.act)
-        if activation is not None and _plain(self.fc1, nn.Linear):
+        if activation is not None and plain(self.fc1, nn.Linear):
             hidden = kernels.linear(x, self.fc1.weight, self.fc1.bias, activation, tf32=self.tf32)
         else:
             hidden = self.act(self.fc1(x))
@@ -195,11 +234,13 @@ class FusedMlp(FusedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
-        return self.fused(x)
+        return super().forward(x) if symbolic(x) else self.fused(x)  # type: ignore[misc]
 
     def limits(self) -> list[str]:
         limits = _why_called("fc1", self.fc1, nn.Linear) + _why_called("fc2", self.fc2, nn.Linear)
-        return limits + (["act has hooks: called as a module"] if hooked(self.act) else [])
+        if hooked(self.act) or self.activation(self.act) is None:
+            limits += _why_called("act", self.act, type(self.act) if hooked(self.act) else nn.GELU)
+        return limits
 
 
 class FusedBlock(FusedLayer):
@@ -216,30 +257,35 @@ class FusedBlock(FusedLayer):
     drop_path2: Any
 
     layer_scale: ClassVar[type[nn.Module]]
+    drop_path: ClassVar[type[nn.Module]]
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Call the attention as the original block does."""
+        return self.attn(x)
 
     def _scale(self, module: nn.Module) -> tuple[bool, Tensor | None]:
         """`(known, gamma)` of a LayerScale or the identity in its place."""
-        if _plain(module, self.layer_scale):
+        if plain(module, self.layer_scale):
             return True, module.gamma
-        return _plain(module, nn.Identity), None
+        return plain(module, nn.Identity), None
 
     def fused(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
         hidden = self.norm1(x)
         known, gamma = self._scale(self.ls1)
-        known = known and _inactive(self.drop_path1)
+        known = known and _inactive(self.drop_path1, self.drop_path, "drop_prob")
         if known and self._takes_residual(self.attn):
             x = self.attn.fused(hidden, x, gamma)
             hidden = self.norm2(x)
         elif known and isinstance(self.norm2, FusedLayerNorm) and not hooked(self.norm2):
             norm = self.norm2
-            x, hidden = kernels.add_layer_norm(self.attn(hidden), x, norm.weight, norm.bias, norm.eps, gamma)
+            x, hidden = kernels.add_layer_norm(self.attend(hidden), x, norm.weight, norm.bias, norm.eps, gamma)
         else:
-            x = x + self.drop_path1(self.ls1(self.attn(hidden)))
+            x = x + self.drop_path1(self.ls1(self.attend(hidden)))
             hidden = self.norm2(x)
 
         known, gamma = self._scale(self.ls2)
-        if known and _inactive(self.drop_path2) and self._takes_residual(self.mlp):
+        if known and _inactive(self.drop_path2, self.drop_path, "drop_prob") and self._takes_residual(self.mlp):
             return self.mlp.fused(hidden, x, gamma)
         return x + self.drop_path2(self.ls2(self.mlp(hidden)))
 

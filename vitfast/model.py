@@ -461,7 +461,7 @@ class VisionTransformer(nn.Module):
         _one_of("pos_embed_at", pos_embed_at, PLACEMENTS)
         _one_of("pos_interpolation", pos_interpolation, ("bicubic", "bilinear"))
         if pos_embed in ("relative", "none") and pos_embed_at != "stem":
-            raise ValueError(f"pos_embed_at is {pos_embed_at!r}; accepted is 'stem'")
+            raise ValueError(f"pos_embed_at is {pos_embed_at!r}; accepted with pos_embed={pos_embed!r} is 'stem'")
         if pos_embed == "learn_2d" and embed_dim % 2:
             raise ValueError(f"embed_dim is {embed_dim}; accepted with pos_embed='learn_2d' are even widths")
         two_heads = class_token and global_pool == "token" and not fc_norm and not representation_size

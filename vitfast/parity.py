@@ -3,14 +3,29 @@
 A kernel may err twice as much as torch does in the same dtype. Truth is the reference in float64 on the same rounded
 inputs and weights. The rule holds the largest error and the root mean square, each with a floor of one ulp of the
 result's scale, since torch can happen to be exact. It is flash-attention's rule, kept for ops and whole models alike.
+
+`compare` is the rule for two tensors; `parity` holds every replaced module of a model to it, and the model's output.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .accelerate import accelerate, restore
+from .adapters import match
+from .architectures import create_model, list_models
+from .layers import FusedBlock, FusedLayer
+from .precision import get_precision
+
+Model = TypeVar("Model", bound=nn.Module)
 
 FACTOR = 2.0
 """How many times torch's own error is allowed."""
@@ -26,6 +41,7 @@ class Comparison:
         baseline_worst, baseline_rms: the same of torch's result.
         worst_limit, rms_limit: what the rule allows.
         cosine: cosine similarity of the result and truth.
+        truth_rms: root mean square of truth, the scale of the errors.
     """
 
     worst: float
@@ -35,11 +51,34 @@ class Comparison:
     worst_limit: float
     rms_limit: float
     cosine: float
+    truth_rms: float
+
+    @property
+    def relative(self) -> float:
+        """Error over truth, both in the Euclidean norm."""
+        return _ratio(self.rms, self.truth_rms)
+
+    @property
+    def baseline_relative(self) -> float:
+        """The same of torch's result."""
+        return _ratio(self.baseline_rms, self.truth_rms)
+
+    @property
+    def share(self) -> float:
+        """The larger of the two errors' shares of their limits: at most 1 where the rule holds, NaN for a NaN."""
+        shares = (_ratio(self.worst, self.worst_limit), _ratio(self.rms, self.rms_limit))
+        return next((s for s in shares if s != s), max(shares))
 
     @property
     def ok(self) -> bool:
         """Whether the rule holds. A NaN anywhere breaks it."""
         return self.worst <= self.worst_limit and self.rms <= self.rms_limit
+
+
+def _ratio(part: float, whole: float) -> float:
+    if whole == 0.0:
+        return 0.0 if part == 0.0 else float("inf")
+    return part / whole
 
 
 def _errors(x: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -66,17 +105,398 @@ def compare(actual: Tensor, truth: Tensor, baseline: Tensor) -> Comparison:
     if actual.dtype != baseline.dtype:
         raise ValueError(f"compare: dtype {actual.dtype}, but the baseline has {baseline.dtype}; expected one dtype")
     if actual.numel() == 0:
-        return Comparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+        return Comparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, cosine=1.0, truth_rms=0.0)
     eps = torch.finfo(actual.dtype).eps
     actual, truth, baseline = (t.detach().to("cpu", torch.float64) for t in (actual, truth, baseline))
     worst, rms = _errors(actual, truth)
     baseline_worst, baseline_rms = _errors(baseline, truth)
+    truth_rms = truth.square().mean().sqrt().item()
     return Comparison(
         worst,
         rms,
         baseline_worst,
         baseline_rms,
         worst_limit=FACTOR * baseline_worst + eps * truth.abs().max().item(),
-        rms_limit=FACTOR * baseline_rms + eps * truth.square().mean().sqrt().item(),
+        rms_limit=FACTOR * baseline_rms + eps * truth_rms,
         cosine=torch.nn.functional.cosine_similarity(actual.flatten(), truth.flatten(), dim=0).item(),
+        truth_rms=truth_rms,
+    )
+
+
+@dataclass(frozen=True)
+class ModuleParity:
+    """How one replaced module does on the input that the plain model gives it.
+
+    Attributes:
+        module: its name in the model, "" for the model itself.
+        kind: of replacement, see `vitfast.layers.KINDS`.
+        original: name of the library's class.
+        fused: name of the class in its place.
+        comparison: the rule on its output; of a module that runs more than once, the call nearest to its limit.
+    """
+
+    module: str
+    kind: str
+    original: str
+    fused: str
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Top1:
+    """On how many images the largest output is where truth's is.
+
+    Two classes nearer to each other than the allowed error are a tie that torch could not break either, so these
+    counts are shown and the rule on the outputs decides.
+
+    Attributes:
+        images: number of images.
+        accelerated, plain: images with truth's largest output.
+        equal: images on which the two agree with each other.
+    """
+
+    images: int
+    accelerated: int
+    plain: int
+    equal: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the rule says of an accelerated model. `str()` gives a table.
+
+    Attributes:
+        precision: name of the policy.
+        device: where it ran.
+        shape: of the pixels.
+        modules: one per replaced module that ran, in the order in which they finished.
+        output: the rule on the model's output.
+        top1: largest outputs; None where the model has no classes.
+    """
+
+    precision: str
+    device: str
+    shape: tuple[int, ...]
+    modules: tuple[ModuleParity, ...]
+    output: Comparison
+    top1: Top1 | None
+
+    @property
+    def broken(self) -> tuple[ModuleParity, ...]:
+        """Modules that break the rule."""
+        return tuple(row for row in self.modules if not row.comparison.ok)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model's output and every replaced module keep the rule."""
+        return self.output.ok and not self.broken
+
+    def groups(self) -> list[tuple[int, ModuleParity]]:
+        """(number of modules, the one nearest to its limit or furthest over it) per kind and original class."""
+        grouped: dict[tuple[str, str], list[ModuleParity]] = {}
+        for row in self.modules:
+            grouped.setdefault((row.kind, row.original), []).append(row)
+        return [(len(rows), max(rows, key=_severity)) for rows in grouped.values()]
+
+    def table(self, *, each: bool = False) -> str:
+        """Rows of errors, then the verdict.
+
+        Args:
+            each: a row for every module, instead of the worst of each kind and original class.
+        """
+        names = ("kind", "original", "worst at")
+        numbers = ("count", "max error", "limit", "relative", "torch's", "of limit", "rule")
+        table: list[tuple[str, ...]] = [(names[0], names[1], *numbers, names[2])]
+        for count, row in [(1, row) for row in self.modules] if each else self.groups():
+            where = row.module or "(model)"
+            table.append((row.kind, row.original, str(count), *_cells(row.comparison), where))
+        table.append(("output", "", "", *_cells(self.output), "(model)"))
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        left = (0, 1, 8, 9)
+        lines = []
+        for line in table:
+            cells = enumerate(zip(line, widths, strict=True))
+            lines.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in cells))
+        lines.append(f"output: cosine similarity with float64 {self.output.cosine:.9f}")
+        if self.top1 is not None:
+            lines.append(
+                f"top-1: {self.top1.accelerated} of {self.top1.images} as in float64 "
+                f"(plain model: {self.top1.plain}), {self.top1.equal} of {self.top1.images} as in the plain model"
+            )
+        lines.append(self.verdict)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether the rule holds, and what breaks it."""
+        rule = f"at most {FACTOR:g} x torch's own error in {self.precision}, plus one ulp"
+        if self.ok:
+            return f"the rule holds ({rule}): output and {len(self.modules)} modules"
+        broken = [row.module or "(model)" for row in self.broken]
+        if not self.output.ok:
+            broken.insert(0, "output")
+        names = ", ".join(broken[:4]) + (f" and {len(broken) - 4} more" if len(broken) > 4 else "")
+        return f"the rule is broken ({rule}): {names}"
+
+
+def _severity(row: ModuleParity) -> float:
+    share = row.comparison.share
+    return float("inf") if share != share else share
+
+
+def _cells(c: Comparison) -> tuple[str, ...]:
+    return (
+        f"{c.worst:.2e}",
+        f"{c.worst_limit:.2e}",
+        f"{c.relative:.2e}",
+        f"{c.baseline_relative:.2e}",
+        f"{100.0 * c.share:.0f} %",
+        "ok" if c.ok else "BROKEN",
+    )
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one CUDA where torch sees it, else the CPU.
+
+    Raises:
+        ValueError: the name means nothing, or names a device that is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r}; expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def seed_weights(model: Model, seed: int = 0) -> Model:
+    """Fill every parameter with seeded random values of a trained model's order of size, in place.
+
+    A freshly made model hides errors: its head is zero, its biases are zero, LayerScale is next to nothing. Here
+    matrices keep the variance of what passes through them, norms and LayerScale are near one, biases, tokens and
+    position embeddings are not zero. The values depend on the seed and on the parameters' order and shapes, not on the
+    device.
+
+    Args:
+        model: any model; its buffers stay.
+        seed: of the generator.
+
+    Returns:
+        `model`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                noise = 0.1 * noise if name.endswith("bias") else 1.0 + 0.1 * noise
+            elif name.endswith("weight"):
+                noise *= parameter[0].numel() ** -0.5
+            else:
+                noise *= 0.2
+            parameter.copy_(noise)
+    return model
+
+
+def build_model(
+    name: str, weights: str | Path | None = None, *, img_size: int | None = None, seed: int = 0
+) -> nn.Module:
+    """The model of a name in evaluation mode, with weights from a file or seeded ones.
+
+    Args:
+        name: one of `vitfast.list_models()`, or a timm name, with `timm:` in front where both have it.
+        weights: checkpoint file; None for `seed_weights`.
+        img_size: native image size, default the named one.
+        seed: for the seeded weights.
+
+    Raises:
+        ValueError: nobody has a model of that name, or weights or size do not fit it.
+        FileNotFoundError: there is no such weights file.
+        ImportError: timm is asked for and is not installed, or does not import.
+    """
+    options = {} if img_size is None else {"img_size": img_size}
+    ours = name in list_models()
+    model: nn.Module
+    if ours or not (name.startswith("timm:") or _timm_has(name)):
+        # for an unknown name this raises, with the close ones
+        model = create_model(name, weights, **options)
+    else:
+        if weights is not None and not Path(weights).is_file():
+            raise FileNotFoundError(f"there is no weights file {str(weights)!r}")
+        timm = _import_timm()
+        plain_name = name.removeprefix("timm:")
+        if not timm.is_model(plain_name):
+            close = ", ".join(timm.list_models(f"*{plain_name.split('.')[0]}*")[:4]) or "none is close"
+            raise ValueError(f"timm has no model {plain_name!r}; close matches: {close}")
+        model = timm.create_model(plain_name, checkpoint_path="" if weights is None else str(weights), **options)
+    return (seed_weights(model, seed) if weights is None else model).eval()
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ImportError(f'this needs {error.name}; pip install "vitfast[timm]"') from error
+    # torchvision's native half, which timm imports, raises RuntimeError or OSError where it does not fit torch
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(f"timm is installed but does not import: {error}; `vitfast doctor` may say why") from error
+    return timm
+
+
+def _timm_has(name: str) -> bool:
+    try:
+        return bool(_import_timm().is_model(name))
+    except ImportError:
+        return False
+
+
+@contextmanager
+def fp32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """torch's fp32 products on CUDA in tf32 or not, for the baseline to match the policy (cuDNN's default is tf32)."""
+    if device.type != "cuda":
+        yield
+        return
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = tf32
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor that counts in what a module returned: itself, or the first of a tuple, a dict or a model output."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, Mapping) and output:
+            output = next(iter(output.values()))
+        elif isinstance(output, (tuple, list)) and output:
+            output = output[0]
+        else:
+            raise ValueError(f"expected a tensor in what the model returns, got {type(output).__name__}")
+    return output
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_double(item) for item in value)
+    return value
+
+
+class _Recorder:
+    """Compares replaced modules while the plain model runs, so that no activation outlives its module's call."""
+
+    def __init__(self, plain: nn.Module, fused: nn.Module, truth: nn.Module) -> None:
+        self.rows: dict[str, ModuleParity] = {}
+        self._models = (plain, fused, truth)
+
+    def hook(self, name: str) -> Any:
+        """A forward hook for the plain module of that name."""
+        _, fused, truth = (model.get_submodule(name) for model in self._models)
+
+        def compare_call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            exact = _first(truth(*_double(args), **_double(kwargs)))
+            self.add(name, fused, compare(_first(fused(*args, **kwargs)), exact, _first(output)))
+
+        return compare_call
+
+    def add(self, name: str, fused: Any, comparison: Comparison) -> None:
+        row = ModuleParity(name, fused.kind, fused.replaces.__name__, type(fused).__name__, comparison)
+        known = self.rows.get(name)
+        if known is None or _severity(row) > _severity(known):
+            self.rows[name] = row
+
+
+@contextmanager
+def _first_block_input(model: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, a forward of `model` leaves the tokens that enter its first block; nothing where it has no blocks."""
+    caught: list[Tensor] = []
+    block = next((module for module in model.modules() if _is_block(module)), None)
+    handle = None
+    if block is not None:
+        handle = block.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    try:
+        yield caught
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, FusedBlock):
+        return True
+    found = None if isinstance(module, FusedLayer) else match(module)
+    return found is not None and found.kind == "block"
+
+
+@torch.inference_mode()
+def parity(model: nn.Module, pixels: Tensor, precision: str = "fp32", *, only: Collection[str] | None = None) -> Parity:
+    """Errors of an accelerated model and of each replaced module against float64, held to the rule.
+
+    Truth is the plain model in float64 with the weights and pixels that the tested precision has. Each replaced module
+    gets the input that the plain model gives it in that precision, so errors of modules do not add up in its row. A
+    replaced model class (prefix tokens and position embedding in the patch-embed kernel) is judged by the tokens that
+    enter the first block. Works on copies: `model` stays as it is.
+
+    Args:
+        model: plain or accelerated; a copy of it is restored, set to evaluation mode and accelerated anew.
+        pixels: `[B, C, H, W]`, any floating dtype, on the model's device.
+        precision: "fp32", "tf32", "bf16" or "fp16"; "tf32" differs from "fp32" on CUDA only.
+        only: kinds of replacement, see `vitfast.accelerate`.
+
+    Raises:
+        ValueError: an unknown precision or kind, or nothing in the model can be replaced.
+    """
+    policy = get_precision(precision)
+    pixels = pixels.to(policy.dtype)
+    plain = restore(copy.deepcopy(model)).eval().to(policy.dtype)
+    fused = accelerate(copy.deepcopy(plain), precision=precision, only=only)
+    truth = copy.deepcopy(plain).double()
+    replaced = [name for name, module in fused.named_modules() if isinstance(module, FusedLayer)]
+    if not replaced:
+        raise ValueError(f"nothing in this {type(model).__name__} can be replaced; vitfast.report(model) says why")
+
+    recorder = _Recorder(plain, fused, truth)
+    with _first_block_input(truth) as exact_tokens:
+        exact = _first(truth(pixels.double()))
+    with ExitStack() as stack:
+        stack.enter_context(fp32_products(pixels.device, policy.tf32))
+        actual_tokens = stack.enter_context(_first_block_input(fused))
+        plain_tokens = stack.enter_context(_first_block_input(plain))
+        actual = _first(fused(pixels))
+        # hooks come after the accelerated run, and only the plain model has them
+        for name in replaced:
+            if name:
+                module = plain.get_submodule(name)
+                stack.callback(module.register_forward_hook(recorder.hook(name), with_kwargs=True).remove)
+        baseline = _first(plain(pixels))
+    if "" in replaced and exact_tokens:
+        recorder.add("", fused, compare(actual_tokens[0], exact_tokens[0], plain_tokens[0]))
+
+    top1 = None
+    if exact.ndim == 2 and getattr(model, "num_classes", None) != 0:
+        best = [logits.argmax(dim=-1) for logits in (exact, actual, baseline)]
+        accelerated, agreeing, equal = (int((best[i] == best[j]).sum()) for i, j in ((0, 1), (0, 2), (1, 2)))
+        top1 = Top1(exact.shape[0], accelerated, agreeing, equal)
+    return Parity(
+        policy.name,
+        str(pixels.device),
+        tuple(pixels.shape),
+        tuple(recorder.rows.values()),
+        compare(actual, exact, baseline),
+        top1,
     )

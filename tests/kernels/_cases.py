@@ -36,9 +36,10 @@ FILES = tuple(module(name) for name in ("layer_norm", "linear", "attention", "pa
 class Data:
     """Seeded random tensors of one dtype on one device, in any layout.
 
-    Layouts: `dense`; `pitch`, rows of a matrix 8 elements wider; `ragged`, rows of a matrix 3 elements wider, so that they start
-    at odd addresses; `offset`, one element behind a 16-byte boundary; `transposed`, the last two dimensions swapped in
-    memory; `heads`, dimensions 1 and 2 swapped in memory; `broadcast`, stride 0 in the first dimension; `channels_last`.
+    Layouts: `dense`; `pitch`, rows of a matrix 8 elements wider; `ragged`, rows of a matrix 3 elements wider, so that
+    they start at odd addresses; `offset`, one element behind a 16-byte boundary; `transposed`, the last two dimensions
+    swapped in memory; `heads`, dimensions 1 and 2 swapped in memory; `broadcast`, stride 0 in the first dimension;
+    `channels_last`; `channels_last_cut`, the first channels of channels_last pixels with one more.
     """
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
@@ -73,6 +74,9 @@ class Data:
         if layout == "channels_last":
             b, c, h, w = shape
             return self._base([b, h, w, c], dtype, scale, shift).permute(0, 3, 1, 2)
+        if layout == "channels_last_cut":
+            b, c, h, w = shape
+            return self._base([b, h, w, c + 1], dtype, scale, shift)[..., :c].permute(0, 3, 1, 2)
         assert layout == "dense", layout
         return self._base(list(shape), dtype, scale, shift)
 
@@ -177,6 +181,10 @@ def _add_norm(
     return Case("add_layer_norm", name, make, wrt, real, **marks)
 
 
+def _norm_of_class_tokens(data: Data, batch: int) -> Arguments:
+    return {"x": data(batch, 197, 768)[:, 0], "weight": data(768), "bias": data(768)}
+
+
 LAYER_NORM = [
     _norm("D1", 7, 1),
     _norm("D5", 31, 5),
@@ -194,9 +202,10 @@ LAYER_NORM = [
     _norm("ViT-B", 197, 768, real=True, core=True),
     _norm("ViT-L14", 257, 1024, real=True),
     _norm("ViT-Ti", 197, 192, real=True),
-    _norm("ViT-S", 201, 384, real=True, layout="pitch"),
+    _norm("ViT-S", 201, 384, real=True),
     _norm("ViT-H-384", 577, 1280, real=True),
     _norm("DINOv2-B", 1370, 768, real=True, wide=True),
+    Case("layer_norm", "ViT-B-class-tokens", _norm_of_class_tokens, ("x", "weight", "bias"), real=True),
 ]
 ADD_LAYER_NORM = [
     _add_norm("D1", 7, 1),
@@ -283,7 +292,9 @@ LINEAR = [
     _linear("ViT-B-fc1", 197, 768, 3072, "gelu", real=True, interpret=False, core=True),
     _linear("ViT-B-fc2", 197, 3072, 768, residual="dense", scale=True, real=True, interpret=False, core=True),
     _linear("ViT-Ti-fc1", 198, 192, 768, "gelu_tanh", real=True),
-    _linear("ViT-S-fc2-fp32-stream", 201, 1536, 384, residual="dense", wide=True, real=True, interpret=False),
+    _linear(
+        "ViT-S-fc2-fp32-stream", 201, 1536, 384, residual="dense", wide=True, real=True, interpret=False, core=True
+    ),
     _linear("CLIP-L-fc1", 257, 1024, 4096, "quick_gelu", real=True, interpret=False),
     _linear("ViT-H-fc1", 577, 1280, 5120, "gelu", real=True, interpret=False),
     _linear("ViT-B-head", None, 768, 1000, real=True),
@@ -506,9 +517,17 @@ PATCH_EMBED = [
     _patch_embed("uint8-channels-last", (3, 12, 20), (4, 4), 13, uint8=True, normalize=True, layout="channels_last"),
     _patch_embed("uint8-crop", (3, 12, 20), (4, 4), 13, uint8=True, normalize=True, crop=True),
     _patch_embed(
-        "uint8-crop-channels-last", (3, 12, 20), (4, 4), 13, uint8=True, normalize=True, crop=True, layout="channels_last"
+        "uint8-crop-channels-last",
+        (3, 12, 20),
+        (4, 4),
+        13,
+        uint8=True,
+        normalize=True,
+        crop=True,
+        layout="channels_last",
     ),
     _patch_embed("crop", (3, 12, 20), (4, 4), 13, crop=True),
+    _patch_embed("channels-last-cut", (3, 12, 20), (4, 4), 13, layout="channels_last_cut", normalize=True),
     _patch_embed("transposed", (3, 12, 20), (4, 4), 13, layout="transposed"),
     _patch_embed("broadcast", (3, 12, 20), (4, 4), 13, layout="broadcast"),
     _patch_embed("fp32-pos", (3, 12, 20), (4, 4), 13, wide=True),
@@ -516,7 +535,15 @@ PATCH_EMBED = [
     _patch_embed("ViT-Ti-16", (3, 224, 224), (16, 16), 192, real=True),
     _patch_embed("ViT-B-16", (3, 224, 224), (16, 16), 768, real=True, interpret=False, core=True),
     _patch_embed(
-        "ViT-B-16-uint8", (3, 224, 224), (16, 16), 768, uint8=True, normalize=True, real=True, interpret=False, core=True
+        "ViT-B-16-uint8",
+        (3, 224, 224),
+        (16, 16),
+        768,
+        uint8=True,
+        normalize=True,
+        real=True,
+        interpret=False,
+        core=True,
     ),
     _patch_embed(
         "ViT-B-16-channels-last", (3, 224, 224), (16, 16), 768, layout="channels_last", real=True, interpret=False
@@ -531,6 +558,7 @@ PATCH_EMBED = [
         layout="channels_last",
         real=True,
         interpret=False,
+        core=True,
     ),
     _patch_embed("CLIP-L-14", (3, 224, 224), (14, 14), 1024, bias=False, real=True, interpret=False),
     _patch_embed("DINOv2-registers", (3, 224, 224), (14, 14), 384, prefix=5, real=True, interpret=False),
@@ -661,5 +689,7 @@ def check(case: Case, device: str, dtype: torch.dtype, batch: int | None = None)
     baseline = forward_backward(by_reference, arguments, case.wrt)
     assert list(actual) == list(truth)
     for name, value in actual.items():
-        assert value.dtype == baseline[name].dtype, f"{name} has dtype {value.dtype}; torch's has {baseline[name].dtype}"
+        assert value.dtype == baseline[name].dtype, (
+            f"{name} has dtype {value.dtype}; torch's has {baseline[name].dtype}"
+        )
         assert_close(value, truth[name], baseline[name], name=name)

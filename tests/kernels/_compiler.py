@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,14 +59,14 @@ class Compiled:
     """
 
     name: str
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] = field(repr=False)
     programs: int
-    ttir: str
-    assembly: str
+    ttir: str = field(repr=False)
+    assembly: str = field(repr=False)
     shared: int
     spills: int
     registers: int
-    cubin: bytes
+    cubin: bytes = field(repr=False)
 
 
 class _Driver:
@@ -94,7 +94,9 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return subprocess.run([tool("cuobjdump"), "-sass", str(path)], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [tool("cuobjdump"), "-sass", str(path)], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Bounds of every 32-bit integer that a kernel computes, read off its Triton IR.
 
-The proof that offsets into a tensor of more than 2^31 elements do not wrap: each argument of the launch is known, program
-ids run up to the grid's size, and interval arithmetic carries both through the IR. An `i32` result whose interval leaves 32 bits is an
-overflow, whichever row it belongs to; nothing of that size needs to be allocated.
+The proof that offsets into a tensor of more than 2^31 elements do not wrap: each argument of the launch is known,
+program ids run up to the grid's size, and interval arithmetic carries both through the IR. An `i32` result whose
+interval leaves 32 bits is an overflow, whichever row it belongs to; nothing of that size needs to be allocated.
 """
 
 from __future__ import annotations
@@ -83,7 +83,15 @@ def _interval(operation: str, rest: str, known: dict[str, Interval], programs: i
     if operation == "arith.select":
         first, second = operands[1:3]
         return (min(first[0], second[0]), max(first[1], second[1])) if first and second else None
-    if operation in ("arith.muli", "arith.addi", "arith.subi", "arith.divsi", "arith.remsi", "arith.minsi", "arith.maxsi"):
+    if operation in (
+        "arith.muli",
+        "arith.addi",
+        "arith.subi",
+        "arith.divsi",
+        "arith.remsi",
+        "arith.minsi",
+        "arith.maxsi",
+    ):
         first, second = operands[:2]
         assert first is not None and second is not None, f"unknown range: {operation}{rest}"
         return _arithmetic(operation, first, second)

@@ -1,14 +1,15 @@
 """The compile lane: what every op launches is compiled for GPUs that are not there, and the machine code is read.
 
-All real sizes are compiled for sm_80 and sm_90, a core of them and all attention sizes for the other targets. Batches are 256
-(and 1, where the size of the problem chooses another kernel); the tensors have no memory.
+All real sizes are compiled for sm_80 and sm_90, a core of them and all attention sizes for the other targets. Batches
+are 256 (and 1, where the size of the problem chooses another kernel); the tensors have no memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ TENSOR_CORES = {
     "sm_120": r"mma\.sync",
     "gfx942": r"v_mfma_",
 }
-ANY_TENSOR_CORE = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_"
+# AMD's matrix cores take fp32 as it is; only their xf32 form rounds
+ROUNDS_FP32 = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w*xf32"
 # the same in NVIDIA's machine code
 TENSOR_CORES_SASS = {
     "sm_80": r"\bHMMA\.",
@@ -94,9 +96,13 @@ def plan() -> list[Any]:
     ]
 
 
-def check_resources(kernel: Compiled, target: str) -> None:
+def check_shared(kernel: Compiled, target: str) -> None:
     limit = TARGETS[target][1]
     assert kernel.shared <= limit, f"{kernel.name}: {kernel.shared} bytes of shared memory; {target} has {limit}"
+
+
+def check_resources(kernel: Compiled, target: str) -> None:
+    check_shared(kernel, target)
     assert kernel.spills <= SPILL_BUDGET, (
         f"{kernel.name}: {kernel.spills} bytes of stack a thread ({kernel.registers} registers); allowed {SPILL_BUDGET}"
     )
@@ -105,23 +111,264 @@ def check_resources(kernel: Compiled, target: str) -> None:
 def check_tensor_cores(kernel: Compiled, target: str, dtype: torch.dtype) -> None:
     """fp16 and bf16 dots run on the tensor cores, exact fp32 ones must not."""
     if dtype == torch.float32:
-        assert not re.search(ANY_TENSOR_CORE, kernel.assembly), f"{kernel.name}: exact fp32 on tensor cores"
-        assert re.search(r"fma\.rn(\.ftz)?\.f32|v_(pk_)?fmac?_f32", kernel.assembly), f"{kernel.name}: no fused multiply-add"
+        found = re.search(ROUNDS_FP32, kernel.assembly)
+        assert found is None, f"{kernel.name} on {target}: exact fp32 in {found and found[0]}"
+        multiplies = re.search(r"fma\.rn(\.ftz)?\.f32|v_mfma_f32_\w+_f32", kernel.assembly)
+        assert multiplies is not None, f"{kernel.name} on {target}: no fused multiply-add in fp32"
         return
     wanted = TENSOR_CORES[target]
     if target in ("sm_90", "sm_100") and kernel.arguments["BLOCK_M"] < 64:
         # 64 rows are the least that the asynchronous instructions take
         wanted = TENSOR_CORES["sm_80"]
-    assert re.search(wanted, kernel.assembly), f"{kernel.name} on {target}: no {wanted}"
+    found = re.search(wanted, kernel.assembly)
+    assert found is not None, f"{kernel.name} on {target}: no {wanted}"
 
 
 @pytest.mark.parametrize(("case", "target", "dtype", "batch"), plan())
-def test_compiles(
-    case: Case, target: str, dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiles(case: Case, target: str, dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in launch(target, monkeypatch, case, dtype, batch):
-        check_resources(kernel, target)
         if case.dot:
             check_tensor_cores(kernel, target, dtype)
         if case.real:
-            assert re.search(WIDE_LOADS, kernel.assembly), f"{kernel.name} on {target}: no 16-byte load"
+            check_resources(kernel, target)
+            wide = re.search(WIDE_LOADS, kernel.assembly)
+            assert wide is not None, f"{kernel.name} on {target}: no 16-byte load"
+        else:
+            # one address for each element of an unaligned view may not fit the registers
+            check_shared(kernel, target)
+
+
+def case_named(op: str, name: str) -> Case:
+    return next(case for case in CASES[op] if case.name == name)
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("sm_")])
+def test_machine_code_multiplies_on_tensor_cores(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel,) = launch(target, monkeypatch, case_named("linear", "ViT-B-fc1"), torch.bfloat16, 256)
+    sass = disassemble(kernel.cubin)
+    assert re.search(TENSOR_CORES_SASS[target], sass) is not None, f"{kernel.name}: no {TENSOR_CORES_SASS[target]}"
+    # the copy engine where there is one, else 16 bytes a thread straight to shared memory
+    loads = r"\bUTMALDG" if target in ("sm_90", "sm_100", "sm_120") else r"\bLDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
+    assert re.search(loads, sass) is not None, f"{kernel.name}: no {loads}"
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("linear", "ViT-B-fc1"), ("attention_qkv", "ViT-B-384"), ("patch_embed", "ViT-B-16")]
+)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_loads_run_ahead_of_the_dots(op: str, name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel,) = launch(target, monkeypatch, case_named(op, name), torch.bfloat16, 256)
+    pipelined = re.search(PIPELINED_LOADS, kernel.assembly)
+    assert pipelined is not None, f"{kernel.name} on {target}: no asynchronous load"
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel_name"),
+    [
+        ("sm_80", "_linear_fwd_kernel"),
+        ("sm_89", "_linear_fwd_kernel"),
+        ("sm_90", "_linear_fwd_tma_kernel"),
+        ("sm_100", "_linear_fwd_tma_kernel"),
+        ("sm_120", "_linear_fwd_tma_kernel"),
+        ("gfx942", "_linear_fwd_kernel"),
+    ],
+)
+def test_descriptor_kernel_where_there_is_a_copy_engine(
+    target: str, kernel_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kernel,) = launch(target, monkeypatch, case_named("linear", "ViT-B-fc2"), torch.bfloat16, 256)
+    assert kernel.name == kernel_name
+    if "tma" in kernel_name:
+        # persistent: a program for each multiprocessor, whatever the batch
+        assert kernel.programs == kernel.arguments["n_programs"] < 200
+    (kernel,) = launch(target, monkeypatch, case_named("linear", "head-1001"), torch.bfloat16, 256)
+    assert kernel.name == "_linear_fwd_kernel", "a descriptor needs rows of a multiple of 16 bytes"
+
+
+@pytest.mark.parametrize("how", ["argument", "torch's switch", "nothing"])
+@pytest.mark.parametrize(
+    ("op", "name"), [("linear", "ViT-B-fc1"), ("attention_qkv", "ViT-B"), ("patch_embed", "ViT-B-16")]
+)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tf32_only_where_it_is_allowed(
+    op: str, name: str, target: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_named(op, name)
+    arguments = case.arguments(torch.float32, "meta", 256)
+    if how == "argument":
+        arguments["tf32"] = True
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = how == "torch's switch"
+    try:
+        with compiling(target, monkeypatch, *FILES) as compiled:
+            getattr(vitfast.kernels, op)(**arguments)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    (kernel,) = compiled
+    check_resources(kernel, target)
+    if how == "nothing":
+        return check_tensor_cores(kernel, target, torch.float32)
+    found = re.search(r"(mma\.sync|wgmma\.mma_async)\S*\.tf32", kernel.assembly)
+    assert found is not None, f"{kernel.name} on {target}: no tf32"
+
+
+# sizes past 2^31 elements
+
+
+def _huge(op: str) -> dict[str, Any]:
+    bf16 = torch.bfloat16
+    if op in ("layer_norm", "add_layer_norm"):
+        x = meta(3_000_000, 1024, dtype=bf16)
+        arguments = {"x": x, "weight": meta(1024, dtype=bf16), "bias": meta(1024, dtype=bf16)}
+        return arguments if op == "layer_norm" else {**arguments, "residual": x, "scale": meta(1024, dtype=bf16)}
+    if op == "linear":
+        x = meta(3_000_000, 1024, dtype=bf16)
+        return {"x": x, "weight": meta(1024, 1024, dtype=bf16), "bias": meta(1024, dtype=bf16), "residual": x}
+    if op == "attention":
+        q, k, v = (meta(4096, 1370, 16, 64, dtype=bf16).transpose(1, 2) for _ in range(3))
+        return {"q": q, "k": k, "v": v, "bias": meta(4096, 16, 1370, 1370, dtype=bf16)}
+    if op == "attention_qkv":
+        return {"qkv": meta(4096, 1370, 3 * 16 * 72, dtype=bf16), "heads": 16}
+    assert op == "patch_embed", op
+    return {
+        "pixels": meta(16384, 3, 224, 224, dtype=bf16),
+        "weight": meta(768, 3, 16, 16, dtype=bf16),
+        "bias": meta(768, dtype=bf16),
+        "prefix": meta(1, 768, dtype=bf16),
+        "pos_embed": meta(197, 768, dtype=bf16),
+    }
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "linear", "attention", "attention_qkv", "patch_embed"])
+def test_offsets_past_32_bits(op: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = _huge(op)
+    assert max(t.numel() for t in arguments.values() if isinstance(t, torch.Tensor)) > 2**31
+    with compiling(target, monkeypatch, *FILES) as compiled:
+        getattr(vitfast.kernels, op)(**arguments)
+    (kernel,) = compiled
+    assert overflows(kernel.ttir, kernel.arguments, kernel.programs) == []
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "linear", "attention", "patch_embed"])
+def test_narrow_offsets_would_be_found(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = Path(module(op.removeprefix("add_")).__file__)
+    source = file.read_text()
+    assert ".to(tl.int64)" in source
+    copy = tmp_path / f"narrow_{file.name}"
+    copy.write_text(source.replace(".to(tl.int64)", "").replace('"vitfast::', f'"vitfast_narrow_{op}::'))
+    # a member of the package, so that its relative imports hold
+    spec = importlib.util.spec_from_file_location(f"vitfast.kernels.narrow_{op}", copy)
+    narrow = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, narrow)
+    spec.loader.exec_module(narrow)
+    with compiling("sm_80", monkeypatch, narrow) as compiled:
+        getattr(narrow, op)(**_huge(op))
+    (kernel,) = compiled
+    assert overflows(kernel.ttir, kernel.arguments, kernel.programs) != []
+
+
+# committed configs
+
+# part of a device's name, and what to compile for
+_DEVICES = {
+    "A100": "sm_80",
+    "A10": "sm_86",
+    "RTX 30": "sm_86",
+    "L40": "sm_89",
+    "L4": "sm_89",
+    "RTX 40": "sm_89",
+    "H100": "sm_90",
+    "H200": "sm_90",
+    "B200": "sm_100",
+    "RTX 50": "sm_120",
+    "MI300": "gfx942",
+}
+
+
+def _committed() -> list[Any]:
+    folder = Path(vitfast.kernels.__file__).parent / "configs"
+    return [
+        pytest.param(path.parent.name, content["device"], key, entry, id=f"{path.parent.name}-{path.stem}-{key}")
+        for path in sorted(folder.glob("*/*.json"))
+        for content in [json.loads(path.read_text())]
+        for key, entry in content["configs"].items()
+    ]
+
+
+def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
+    """A call whose lookup has this key."""
+    sizes = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", key)}
+    words = [word for word in key.split(",") if "=" not in word]
+    dtype = getattr(torch, words[0])
+    if op in ("layer_norm", "add_layer_norm"):
+        x = meta(sizes["rows"], sizes["width"], dtype=dtype)
+        w = meta(sizes["width"], dtype=dtype)
+        arguments = {"x": x, "weight": w, "bias": w}
+        return (arguments if op == "layer_norm" else {**arguments, "residual": x}), dtype
+    if op == "linear":
+        m, n, k = sizes["m"], sizes["n"], sizes["k"]
+        # rows one element longer have no descriptor
+        x = meta(m, k + 1, dtype=dtype)[:, :k] if "pointers" in words else meta(m, k, dtype=dtype)
+        out = torch.float32 if "float32 out" in words else dtype
+        residual = meta(m, n, dtype=out)
+        scale = meta(n, dtype=dtype)
+        bias = meta(n, dtype=dtype)
+        return {"x": x, "weight": meta(n, k, dtype=dtype), "bias": bias, "residual": residual, "scale": scale}, dtype
+    if op == "attention":
+        q = meta(2, sizes["n"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
+        k = meta(2, sizes["s"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
+        bias = meta(sizes["n"], sizes["s"], dtype=dtype) if "bias" in words else None
+        return {"q": q, "k": k, "v": k, "bias": bias}, dtype
+    assert op == "patch_embed", op
+    width, side = sizes["width"], round((sizes["k"] / 3) ** 0.5)
+    pixels = meta(1, 3, side, side * sizes["patches"], dtype=dtype)
+    return {
+        "pixels": pixels,
+        "weight": meta(width, 3, side, side, dtype=dtype),
+        "bias": meta(width, dtype=dtype),
+    }, dtype
+
+
+@pytest.mark.parametrize(("op", "device", "key", "entry"), _committed())
+def test_committed_config(
+    op: str, device: str, key: str, entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = next(target for part, target in _DEVICES.items() if part in device)
+    file = module(op.removeprefix("add_"))
+    config = file.Config(**entry)
+    monkeypatch.setattr(file, "heuristic", lambda *args: config)
+    arguments, dtype = _arguments_of_key(op, key)
+    with compiling(target, monkeypatch, *FILES) as compiled:
+        getattr(vitfast.kernels, op)(**arguments)
+    (kernel,) = compiled
+    check_resources(kernel, target)
+    if op in ("linear", "attention", "patch_embed"):
+        check_tensor_cores(kernel, target, dtype)
+
+
+@pytest.mark.parametrize(
+    ("op", "key"),
+    [
+        ("layer_norm", "rows=50432,width=768,bfloat16"),
+        ("add_layer_norm", "rows=50432,width=768,bfloat16"),
+        ("linear", "m=50432,n=768,k=3072,bfloat16"),
+        ("linear", "m=50432,n=768,k=3072,bfloat16,float32 out,pointers"),
+        ("attention", "n=197,s=197,d=64,float16,bias"),
+        ("patch_embed", "patches=50176,width=768,k=768,bfloat16"),
+    ],
+)
+def test_calls_of_committed_keys_ask_for_them(op: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the sweep above is only as good as the calls it makes of keys
+    file = module(op.removeprefix("add_"))
+    asked = []
+
+    def lookup(name: str, shape: str, device: torch.device, config: Any, heuristic: Any) -> Any:
+        asked.append((name, shape))
+        return heuristic()
+
+    monkeypatch.setattr(file, "lookup", lookup)
+    arguments, _ = _arguments_of_key(op, key)
+    with compiling("sm_90", monkeypatch, *FILES):
+        getattr(vitfast.kernels, op)(**arguments)
+    assert asked == [(op, key)]

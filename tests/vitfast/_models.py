@@ -133,7 +133,12 @@ def assert_same(
 
 
 def check(
-    build: Callable[..., nn.Module], x: Tensor, call: Callable[..., Any] = forward, *, train: bool = False, **changes: Any
+    build: Callable[..., nn.Module],
+    x: Tensor,
+    call: Callable[..., Any] = forward,
+    *,
+    train: bool = False,
+    **changes: Any,
 ) -> nn.Module:
     """Build a model, accelerate a copy, compare both; the accelerated one comes back."""
     plain = build(**changes)

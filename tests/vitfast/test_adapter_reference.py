@@ -70,11 +70,9 @@ DROPOUTS = {
     "attn_drop": {"attn_drop_rate": 0.3},
     "drop_path": {"drop_path_rate": 0.5},
     "head dropout": {"drop_rate": 0.3},
-    "all": {"pos_drop_rate": 0.1, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_path_rate": 0.4, "drop_rate": 0.1},
-    "all, SwiGLU, LayerScale": {
-        "proj_drop_rate": 0.2, "drop_path_rate": 0.4, "mlp_layer": "swiglu", "init_values": 0.2
-    },
-}  # fmt: skip
+    "all": {"pos_drop_rate": 0.1, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_path_rate": 0.4},
+    "SwiGLU, LayerScale": {"proj_drop_rate": 0.2, "drop_path_rate": 0.4, "mlp_layer": "swiglu", "init_values": 0.2},
+}
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

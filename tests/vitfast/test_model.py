@@ -214,6 +214,12 @@ def test_resize_to_the_same_grid_changes_nothing() -> None:
     assert torch.equal(resize_pos_embed(table, (5, 11), (5, 11), 3), table)
 
 
+def test_resize_defaults_are_timms_rule() -> None:
+    table = torch.randn(1, 2 + 5 * 6, 8)
+    expected = timm.layers.resample_abs_pos_embed(table, new_size=[3, 7], old_size=[5, 6], num_prefix_tokens=2)
+    assert torch.equal(resize_pos_embed(table, (3, 7), (5, 6), 2), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_positions_are_resized_in_fp32(dtype: torch.dtype) -> None:
     model = randomise(VisionTransformer(**TINY)).to(dtype)
@@ -250,6 +256,15 @@ def test_embed_is_the_stem_and_nothing_else() -> None:
         trio.peer.patch_embed.proj.bias.zero_()
     x = batch("registers")
     assert torch.equal(stem.embed(x), trio.peer._pos_embed(trio.peer.patch_embed(x)))
+
+
+def test_prefix_tokens_are_class_distillation_registers() -> None:
+    options = {"distilled": True, "reg_tokens": 2, "no_embed_class": True}
+    model = randomise(VisionTransformer(**TINY, **options))
+    prefix = torch.cat([model.cls_token, model.dist_token, model.reg_token], dim=1).expand(2, -1, -1)
+    tokens = model.embed(batch("plain"))
+    assert torch.equal(tokens[:, :4], prefix)
+    assert torch.equal(tokens[:, 4:], model.patch_embed(batch("plain")) + model.pos_embed)
 
 
 # ----------------------------------------------------------------------------------------------- timm's methods
@@ -602,7 +617,7 @@ def test_exports_with_dynamic_sizes() -> None:
         ({"class_token": False}, "accepted with class_token=False"),
         ({"pos_embed": "sincos"}, "'learn', 'learn_2d', 'relative', 'none'"),
         ({"pos_embed_at": "everywhere"}, "'stem', 'every_layer', 'every_layer_shared'"),
-        ({"pos_embed": "relative", "pos_embed_at": "every_layer"}, "'stem'"),
+        ({"pos_embed": "relative", "pos_embed_at": "every_layer"}, "pos_embed='relative' is 'stem'"),
         ({"pos_embed": "none", "pos_embed_at": "every_layer_shared"}, "'stem'"),
         ({"pos_embed": "learn_2d", "embed_dim": 45, "num_heads": 5}, "even widths"),
         ({"pos_interpolation": "nearest"}, "'bicubic', 'bilinear'"),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..layers import overridden
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -65,6 +67,6 @@ def match(module: nn.Module) -> Match | None:
             continue
         if ancestor is not kind:
             return Match(swap.fused.kind, None, f"unknown subclass of {ancestor.__name__}")  # type: ignore[attr-defined]
-        reason = swap.decline(module)
+        reason = "; ".join(overridden(module)) or swap.decline(module)
         return Match(swap.fused.kind, None if reason else swap.fused, reason or "")  # type: ignore[attr-defined]
     return None

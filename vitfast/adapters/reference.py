@@ -17,6 +17,11 @@ class FusedReferencePatchEmbed(layers.FusedPatchEmbed, model.PatchEmbed):
 
     replaces = model.PatchEmbed
 
+    def fusable(self, pixels: Tensor) -> bool:
+        """Whether the kernel computes what the model would."""
+        height, width = self.patch_size
+        return super().fusable(pixels) and pixels.shape[2] % height == 0 and pixels.shape[3] % width == 0
+
     def forward(self, pixels: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`."""
         return self.tokens(pixels) if self.fusable(pixels) else super().forward(pixels)
@@ -52,6 +57,7 @@ class FusedReferenceBlock(layers.FusedBlock, model.Block):
 
     replaces = model.Block
     layer_scale = model.LayerScale
+    drop_path = model.DropPath
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""

@@ -35,7 +35,7 @@ class FusedTimmPatchEmbed(layers.FusedPatchEmbed, timm.layers.PatchEmbed):
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what timm would; what timm refuses, timm shall refuse in its own words."""
-        if pixels.dim() != 4 or not super().fusable(pixels):
+        if not super().fusable(pixels):
             return False
         height, width = pixels.shape[2:]
         if self.img_size is not None and self.strict_img_size and (height, width) != tuple(self.img_size):
@@ -63,7 +63,7 @@ class FusedTimmAttention(layers.FusedAttention, timm.layers.Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal:
+        if attn_mask is not None or is_causal or layers.symbolic(x):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.fused(x) if self.fusable() else super().forward(x)
 
@@ -88,10 +88,15 @@ class FusedTimmBlock(layers.FusedBlock, vision_transformer.Block):
 
     replaces = vision_transformer.Block
     layer_scale = timm.layers.LayerScale
+    drop_path = timm.layers.DropPath
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Call the attention with the keywords that timm's block gives it: hooks see them."""
+        return self.attn(x, attn_mask=None, is_causal=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal:
+        if attn_mask is not None or is_causal or layers.symbolic(x):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.fused(x)
 
@@ -116,8 +121,8 @@ class _FusedEmbedding(layers.FusedLayer):
         if (
             not isinstance(stem, FusedTimmPatchEmbed)
             or layers.hooked(stem)
-            or not isinstance(stem.norm, nn.Identity)
-            or layers.hooked(stem.norm)
+            or not layers.plain(stem.norm, nn.Identity)
+            or "_pos_embed" in vars(self)
             or not stem.fusable(x)
         ):
             return super().forward_features(x)  # type: ignore[misc]
@@ -209,12 +214,16 @@ def swaps() -> dict[type[nn.Module], Swap]:
 def declined() -> dict[type[nn.Module], tuple[str, str]]:
     """Classes of timm that are known and left alone."""
     gated = ("mlp", "gated MLP: no kernel has its gate in an epilogue")
+    pooling = ("attention", "attention pooling has one query and is not worth a kernel")
     other_block = ("block", "not the plain pre-norm block")
     return {
         timm.layers.GluMlp: gated,
         timm.layers.SwiGLU: gated,
-        timm.layers.AttentionPoolLatent: ("attention", "attention pooling has one query and is not worth a kernel"),
+        timm.layers.DiffAttention: ("attention", "differential attention: two softmaxes, no kernel"),
+        timm.layers.AttentionPoolLatent: pooling,
+        timm.layers.AttentionPoolPrr: pooling,
         vision_transformer.ResPostBlock: other_block,
         vision_transformer.ParallelScalingBlock: other_block,
+        vision_transformer.DiffParallelScalingBlock: other_block,
         vision_transformer.ParallelThingsBlock: other_block,
     }

@@ -1,0 +1,300 @@
+"""What is measured: workloads, each with its sizes, its work, its inputs and its reference.
+
+A workload says nothing of who runs it. Peers build a candidate for it from `inputs` (fresh random tensors) and, for
+models, from `state_dict`, so that all candidates compute the same function on the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitfast import create_model
+from vitfast.kernels import (
+    add_layer_norm_ref,
+    attention_ref,
+    layer_norm_ref,
+    linear_ref,
+    patch_embed_ref,
+)
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MODELS = {
+    "vit_tiny_patch16_224": {},
+    "vit_small_patch16_224": {},
+    "vit_base_patch16_224": {},
+    "vit_base_patch32_224": {},
+    "vit_large_patch16_224": {},
+    "vit_huge_patch14_224": {},
+    "vit_base_patch16_384": {},
+    "vit_base_patch14_dinov2": {"num_classes": 1000},
+}
+"""The suite's models, with what is overridden (a headless model gets a head, so that every model gives logits)."""
+
+BATCHES = (1, 8, 32, 128, 256)
+
+BATCHED = ("pixels", "x", "residual", "qkv")
+"""Inputs whose first dimension is the batch."""
+
+KERNELS = ("patch_embed", "layer_norm", "add_layer_norm", "attention", "linear.qkv", "linear.proj", "linear.fc1", "linear.fc2")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to measure, for one batch and dtype.
+
+    Attributes:
+        layer: one of `results.LAYERS`.
+        name: of the workload, the same in every run.
+        op: what a peer must offer: one of `KERNELS`' first parts, or "block", "model", "train", "end_to_end".
+        model: the architecture it comes from.
+        shape: sizes by name.
+        dtype: a key of `DTYPES`.
+        flops: of one call.
+        bytes: fewest bytes of one call, weights included.
+        inputs: makes one set of inputs on a device; called several times for rotation, seeded by the index.
+        reference: the same function in plain torch on one set of inputs; run in float64 it is the truth, in `dtype`
+            the baseline of the parity rule.
+    """
+
+    layer: str
+    name: str
+    op: str
+    model: str
+    shape: dict[str, int]
+    dtype: str
+    flops: float
+    bytes: float
+    inputs: Callable[[torch.device, int], dict[str, Any]]
+    reference: Callable[..., Tensor]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype of weights and activations."""
+        return DTYPES[self.dtype]
+
+
+@functools.cache
+def reference_model(name: str) -> nn.Module:
+    """The plain model with seeded random parameters, all of them non-trivial; in eval mode, fp32, on CPU."""
+    generator = torch.Generator().manual_seed(0)
+    model = create_model(name, **MODELS.get(name, {})).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            # gains near one, everything else small enough for activations of order one through all blocks
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            is_gain = parameter.dim() == 1 and parameter_name.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
+            parameter.copy_(noise + 1.0 if is_gain else noise)
+    return model
+
+
+def dimensions(name: str) -> dict[str, int]:
+    """Sizes of an architecture: image, patch, tokens, width, heads, hidden, depth, classes."""
+    model = reference_model(name)
+    height, width = model.patch_embed.img_size
+    block = model.blocks[0]
+    return {
+        "height": height,
+        "width": width,
+        "patch": model.patch_embed.patch_size[0],
+        "tokens": model.num_prefix_tokens + model.patch_embed.num_patches,
+        "dim": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "hidden": block.mlp.fc1.out_features,
+        "depth": len(model.blocks),
+        "classes": model.num_classes,
+    }
+
+
+@functools.cache
+def model_flops(name: str) -> float:
+    """FLOPs of one image through the model, counted by torch on the meta device."""
+    model = create_model(name, **MODELS.get(name, {})).to("meta").eval()
+    pixels = torch.empty(1, 3, *model.patch_embed.img_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixels)
+    return float(counter.get_total_flops())
+
+
+def _random(device: torch.device, dtype: torch.dtype, index: int) -> Callable[..., Tensor]:
+    generator = torch.Generator(device=device).manual_seed(1000 + index)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    return draw
+
+
+def _kernel_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
+    size = dimensions(model)
+    n, d, h, hidden = size["tokens"], size["dim"], size["heads"], size["hidden"]
+    rows, e = batch * n, DTYPES[dtype].itemsize
+    patches = (size["height"] // size["patch"]) * (size["width"] // size["patch"])
+
+    def make(
+        name: str,
+        shape: dict[str, int],
+        flops: float,
+        elements: float,
+        inputs: Callable[[Callable[..., Tensor]], dict[str, Any]],
+        reference: Callable[..., Tensor],
+    ) -> Workload:
+        return Workload(
+            "kernel",
+            f"{name}/{model}",
+            name.partition(".")[0],
+            model,
+            {"batch": batch, **shape},
+            dtype,
+            flops,
+            elements * e,
+            lambda device, index: inputs(_random(device, DTYPES[dtype], index)),
+            reference,
+        )
+
+    yield make(
+        "patch_embed",
+        {"patches": patches, "dim": d, "k": 3 * size["patch"] ** 2},
+        2.0 * batch * patches * d * 3 * size["patch"] ** 2,
+        batch * 3 * size["height"] * size["width"] + d * 3 * size["patch"] ** 2 + rows * d + n * d,
+        lambda draw: {
+            "pixels": draw(batch, 3, size["height"], size["width"]),
+            "weight": draw(d, 3, size["patch"], size["patch"], scale=0.02),
+            "bias": draw(d),
+            "prefix": draw(n - patches, d) if n > patches else None,
+            "pos_embed": draw(n, d),
+        },
+        lambda pixels, weight, bias, prefix, pos_embed: patch_embed_ref(
+            pixels, weight, bias, prefix, pos_embed, None, None, False
+        ),
+    )
+    norm = {"rows": rows, "dim": d}
+    yield make(
+        "layer_norm",
+        norm,
+        8.0 * rows * d,
+        2 * rows * d,
+        lambda draw: {"x": draw(batch, n, d), "weight": draw(d), "bias": draw(d), "eps": 1e-6},
+        lambda x, weight, bias, eps: layer_norm_ref(x, weight, bias, eps)[0],
+    )
+    yield make(
+        "add_layer_norm",
+        norm,
+        9.0 * rows * d,
+        4 * rows * d,
+        lambda draw: {
+            "x": draw(batch, n, d),
+            "residual": draw(batch, n, d),
+            "weight": draw(d),
+            "bias": draw(d),
+            "eps": 1e-6,
+        },
+        # both results side by side, so that the first dimension of an output is the batch here too
+        lambda x, residual, weight, bias, eps: torch.cat(
+            add_layer_norm_ref(x, residual, weight, bias, eps, None)[:2], dim=-1
+        ),
+    )
+    yield make(
+        "attention",
+        {"heads": h, "tokens": n, "head_dim": d // h},
+        4.0 * batch * n * n * d,
+        4 * rows * d,
+        lambda draw: {"qkv": draw(batch, n, 3 * d), "heads": h},
+        _attention_qkv_ref,
+    )
+    for name, out_features, in_features, activation, residual in (
+        ("linear.qkv", 3 * d, d, "none", False),
+        ("linear.proj", d, d, "none", True),
+        ("linear.fc1", hidden, d, "gelu", False),
+        ("linear.fc2", d, hidden, "none", True),
+    ):
+        yield make(
+            name,
+            {"m": rows, "n": out_features, "k": in_features},
+            2.0 * rows * out_features * in_features,
+            rows * in_features + out_features * in_features + (2 if residual else 1) * rows * out_features,
+            lambda draw, o=out_features, i=in_features, a=activation, r=residual: {
+                "x": draw(batch, n, i),
+                "weight": draw(o, i, scale=i**-0.5),
+                "bias": draw(o),
+                "activation": a,
+                "residual": draw(batch, n, o) if r else None,
+            },
+            lambda x, weight, bias, activation, residual: linear_ref(
+                x, weight, bias, activation, residual, None, False
+            ),
+        )
+
+
+def _attention_qkv_ref(qkv: Tensor, heads: int) -> Tensor:
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention_ref(q, k, v, None, q.shape[-1] ** -0.5, False).flatten(2)
+
+
+def _model_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
+    size = dimensions(model)
+    e = DTYPES[dtype].itemsize
+    weights = sum(parameter.numel() for parameter in reference_model(model).parameters())
+    pixels = batch * 3 * size["height"] * size["width"]
+    shape = {"batch": batch, **{k: size[k] for k in ("height", "width", "tokens", "dim", "depth")}}
+
+    def inputs(device: torch.device, index: int) -> dict[str, Any]:
+        return {"pixels": _random(device, DTYPES[dtype], index)(batch, 3, size["height"], size["width"])}
+
+    yield Workload(
+        "model",
+        model,
+        "model",
+        model,
+        shape,
+        dtype,
+        batch * model_flops(model),
+        (weights + pixels + batch * size["classes"]) * e,
+        inputs,
+        reference_model(model),
+    )
+    yield Workload(
+        "train",
+        model,
+        "train",
+        model,
+        shape,
+        dtype,
+        3.0 * batch * model_flops(model),
+        (3 * weights + pixels) * e,
+        inputs,
+        reference_model(model),
+    )
+
+
+def workloads(
+    layers: tuple[str, ...], models: tuple[str, ...], batches: tuple[int, ...], dtypes: tuple[str, ...]
+) -> list[Workload]:
+    """All workloads of the given layers, models, batches and dtypes, kernels before models.
+
+    Args:
+        layers: of `results.LAYERS`.
+        models: names of architectures; those outside `MODELS` work too.
+        batches: images a call.
+        dtypes: keys of `DTYPES`.
+
+    Raises:
+        ValueError: an unknown model or dtype; names what is accepted.
+    """
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"precision {dtype!r}; expected one of {', '.join(DTYPES)}")
+    found: list[Workload] = []
+    for dtype in dtypes:
+        for model in models:
+            for batch in batches:
+                every = [*_kernel_workloads(model, batch, dtype), *_model_workloads(model, batch, dtype)]
+                found += [workload for workload in every if workload.layer in layers]
+    return found

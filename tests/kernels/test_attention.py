@@ -1,0 +1,184 @@
+"""attention and attention_qkv: the whole and the online softmax, biases, head dims, layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels._cases import ATTENTION, ATTENTION_QKV, Case, Lane, across_lanes, check, module
+from vitfast.kernels import INTERPRET, attention, attention_qkv
+
+reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
+FILE = module("attention")
+
+
+@across_lanes("attention", "attention_qkv")
+def test_numbers(case: Case, lane: Lane, through_op: None, poisoned: None) -> None:
+    check(case, lane.device, lane.dtype)
+
+
+SMALL = [case for case in (*ATTENTION, *ATTENTION_QKV) if not case.real]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    "config",
+    [FILE.Config(16, 16, 4, 1), FILE.Config(32, 32, 4, 2), FILE.Config(64, 256, 4, 1)],
+    ids=["online-16", "online-32", "whole"],
+)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_both_softmaxes(case: Case, config: Any, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: config)
+    # the backward is torch's own whatever the tiles
+    check(dataclasses.replace(case, wrt=()), "cpu", torch.float32)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_scores_past_fp16_do_not_overflow(dtype: torch.dtype, poisoned: None) -> None:
+    # q k^T is 160000 here, more than fp16 holds; the scores are fp32
+    q, k = torch.full((1, 1, 3, 16), 100.0, dtype=dtype), torch.full((1, 1, 40, 16), 100.0, dtype=dtype)
+    v = torch.randn(1, 1, 40, 16).to(dtype)
+    out = attention(q, k, v, scale=1.0)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(1, 1, 3, 16), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("block_s", [16, 64])
+def test_rows_that_a_bias_masks_whole_are_zero(block_s: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: FILE.Config(16, block_s, 4, 1))
+    q, k, v = (torch.randn(1, 2, 37, 16) for _ in range(3))
+    bias = torch.zeros(37, 37)
+    bias[5] = float("-inf")
+    out = attention(q, k, v, bias=bias)
+    assert torch.equal(out[:, :, 5], torch.zeros(1, 2, 16))
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out[:, :, 6:], wanted[:, :, 6:])
+
+
+@reference_lane
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_cpu_it_is_torch(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 3, n, 16).to(dtype) for n in (7, 13, 13))
+    bias = torch.randn(3, 7, 13).to(dtype)
+    assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3)
+    assert torch.equal(attention(q, k, v, 0.3, bias), wanted)
+    qkv = torch.randn(2, 7, 3 * 3 * 16).to(dtype)
+    q, k, v = qkv.unflatten(2, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+    wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert torch.equal(attention_qkv(qkv, 3), wanted)
+
+
+def test_heads_merge_without_a_copy(through_op: None) -> None:
+    q = torch.randn(2, 3, 7, 16)
+    out = attention(q, q, q)
+    assert out.transpose(1, 2).is_contiguous()
+    assert attention_qkv(torch.randn(2, 7, 144), 3).is_contiguous()
+
+
+@reference_lane
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_torch_s(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 3, 7, 16) for _ in range(3))
+    with torch.autocast("cpu", dtype):
+        wanted = F.scaled_dot_product_attention(q, k, v)
+        actual = attention(q, k, v)
+        assert actual.dtype == wanted.dtype
+        assert torch.equal(actual, wanted)
+        assert attention_qkv(torch.randn(2, 7, 144), 3).dtype == dtype
+
+
+@pytest.mark.parametrize(("b", "h", "n"), [(0, 2, 7), (2, 0, 7), (2, 2, 0)])
+def test_empty(b: int, h: int, n: int, through_op: None) -> None:
+    q = torch.randn(b, h, n, 16, requires_grad=True)
+    k = torch.randn(b, h, 5, 16, requires_grad=True)
+    out = attention(q, k, k)
+    assert out.shape == (b, h, n, 16)
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+    assert torch.equal(k.grad, torch.zeros_like(k))
+
+
+def _t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"q": _t(2, 7, 8)}, ValueError, r"'q' has shape \[2, 7, 8\]; expected \[B, H, N, d\]"),
+        (
+            {name: _t(1, 2, 7, 257) for name in "qkv"},
+            ValueError,
+            r"head dim 257; expected 1 to 256",
+        ),
+        ({name: _t(1, 2, 7, 0) for name in "qkv"}, ValueError, r"head dim 0; expected 1 to 256"),
+        (
+            {"k": _t(1, 3, 7, 8)},
+            ValueError,
+            r"'q' has shape \[1, 2, 7, 8\], 'k' \[1, 3, 7, 8\].*expected \[B, H, N, d\] and twice \[B, H, S, d\]",
+        ),
+        ({"v": _t(1, 2, 6, 8)}, ValueError, r"'v' \[1, 2, 6, 8\]; expected \[B, H, N, d\]"),
+        ({"k": _t(1, 2, 0, 8), "v": _t(1, 2, 0, 8)}, ValueError, r"'k' \[1, 2, 0, 8\].*with S >= 1"),
+        (
+            {"bias": _t(2, 7, 6)},
+            ValueError,
+            r"'bias' has shape \[2, 7, 6\]; expected one that broadcasts to \[1, 2, 7, 7\]",
+        ),
+        ({"bias": _t(1, 1, 1, 7, 7)}, ValueError, r"'bias' has shape \[1, 1, 1, 7, 7\]; expected"),
+        (
+            {"bias": _t(7, 7, dtype=torch.float16)},
+            TypeError,
+            r"'bias' has dtype torch\.float16, but 'q' has torch\.float32; expected one dtype",
+        ),
+        ({"bias": _t(7, 7, dtype=torch.bool)}, TypeError, r"'bias' has dtype torch\.bool; expected float16"),
+        ({"k": _t(1, 2, 7, 8, dtype=torch.float16)}, TypeError, r"'k' has dtype torch\.float16, but 'q'"),
+        (
+            {"k": torch.zeros(1, 2, 7, 8, device="meta")},
+            ValueError,
+            r"'k' is on meta, but 'q' is on cpu; expected one device",
+        ),
+    ],
+)
+def test_wrong_input_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"attention: .*{message}"):
+        attention(**{**{name: _t(1, 2, 7, 8) for name in "qkv"}, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads"), [((2, 7, 143), 3), ((7, 144), 3), ((2, 7, 144), 0), ((2, 7, 144), -1)], ids=str
+)
+def test_wrong_packing_is_named(shape: tuple[int, ...], heads: int) -> None:
+    with pytest.raises(ValueError, match=rf"attention_qkv: .*({shape[-1]}|{heads}).*expected"):
+        attention_qkv(torch.zeros(shape), heads)
+
+
+@pytest.mark.parametrize("d", range(1, 257))
+def test_head_dims_are_covered(d: int) -> None:
+    main, tail = FILE.split_head_dim(d)
+    assert main >= 16 and main & (main - 1) == 0
+    assert tail == 0 or (tail >= 16 and tail & (tail - 1) == 0)
+    assert d <= main + tail < 2 * max(d, 16)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_heuristic_is_a_valid_config(arch: int, dtype: torch.dtype, biased: bool) -> None:
+    for n in (1, 17, 197, 1370):
+        for d in (5, 64, 72, 104, 256):
+            config = FILE.heuristic(n, n, d, dtype, biased, arch)
+            assert config == FILE.heuristic(n, n, d, dtype, biased, arch)
+            for size in (config.block_m, config.block_s):
+                assert size >= 16 and size & (size - 1) == 0, config
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_keys_of_a_vit_stay_on_chip(arch: int) -> None:
+    # ViT-B at 224: 197 keys of 64 in one tile
+    assert FILE.heuristic(197, 197, 64, torch.bfloat16, False, arch).block_s >= 197

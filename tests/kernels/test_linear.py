@@ -1,0 +1,177 @@
+"""linear: both kernels, their epilogue, and the operator around them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels._cases import LINEAR, Case, Lane, across_lanes, check, module
+from vitfast.kernels import INTERPRET, linear
+
+reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
+FILE = module("linear")
+
+
+@across_lanes("linear")
+def test_numbers(case: Case, lane: Lane, through_op: None, poisoned: None) -> None:
+    check(case, lane.device, lane.dtype)
+
+
+DESCRIBED = [case for case in LINEAR if not case.real]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("subtile", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("case", DESCRIBED, ids=str)
+def test_descriptor_kernel(case: Case, subtile: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # tiles far below the sizes: ragged edges, several rounds of the persistent loop and of the groups
+    config = FILE.Config(16, 32, 16, 2, num_warps=4, num_stages=2, tma=True, subtile=subtile)
+
+    def heuristic(*args: Any) -> Any:
+        # a tensor that has no descriptor still goes to the other kernel
+        return config if args[-2] else dataclasses.replace(config, tma=False)
+
+    ran = []
+    kernel = FILE._linear_fwd_tma_kernel
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Any:
+            ran.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(FILE, "arch", lambda device: 90)
+    monkeypatch.setattr(FILE, "heuristic", heuristic)
+    monkeypatch.setattr(FILE, "_linear_fwd_tma_kernel", Recorder())
+    check(case, "cpu", torch.float16)
+    if "x-pitch" in case.name or "many-tiles" in case.name:
+        assert ran, "the descriptor kernel did not run"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("group_m", [1, 3, 8])
+def test_every_tile_is_written_once(group_m: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FILE.Config(16, 16, 16, group_m, num_warps=4, num_stages=1)
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: config)
+    x, weight = torch.randn(7 * 16 - 3, 16), torch.eye(16).repeat(5, 1)[:67]
+    assert torch.equal(linear(x, weight), x.repeat(1, 5)[:, :67])
+
+
+@reference_lane
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_cpu_it_is_torch(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(2, 7, 67).to(dtype), torch.randn(31, 67).to(dtype), torch.randn(31).to(dtype)
+    residual, scale = torch.randn(2, 7, 31).to(dtype), torch.randn(31).to(dtype)
+    z = F.linear(x, weight, bias)
+    assert torch.equal(linear(x, weight, bias), z)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(linear(x, weight, bias, "gelu"), F.gelu(z))
+    assert torch.equal(linear(x, weight, bias, "gelu_tanh"), F.gelu(z, approximate="tanh"))
+    assert torch.equal(linear(x, weight, bias, "quick_gelu"), z * torch.sigmoid(1.702 * z))
+    assert torch.equal(linear(x, weight, bias, "gelu", residual, scale), residual + F.gelu(z) * scale)
+    assert torch.equal(linear(x[0, 0], weight, bias), F.linear(x[0, 0], weight, bias))
+
+
+@reference_lane
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_torch_s(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(2, 7, 67), torch.randn(31, 67), torch.randn(31)
+    residual = torch.randn(2, 7, 31)
+    with torch.autocast("cpu", dtype):
+        wanted = F.linear(x, weight, bias)
+        actual = linear(x, weight, bias)
+        assert actual.dtype == wanted.dtype == dtype
+        assert torch.equal(actual, wanted)
+        # the stream stays in fp32, as it does through torch's `residual + ...`
+        assert linear(x, weight, bias, residual=residual).dtype == torch.float32
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("m", [1, 67])
+def test_one_dimension_and_more(m: int, poisoned: None) -> None:
+    x, weight, bias = torch.randn(m, 3, 31), torch.randn(13, 31), torch.randn(13)
+    whole = linear(x, weight, bias, "gelu")
+    torch.testing.assert_close(whole, F.gelu(F.linear(x, weight, bias)))
+    torch.testing.assert_close(linear(x[0, 0], weight, bias, "gelu"), whole[0, 0])
+
+
+@pytest.mark.interpret
+def test_large_values_reach_the_ends_of_the_activations(poisoned: None) -> None:
+    x = torch.tensor([[-200.0], [-30.0], [0.0], [30.0], [200.0]])
+    for activation in ("gelu", "gelu_tanh", "quick_gelu"):
+        y = linear(x, torch.ones(1, 1), None, activation)
+        torch.testing.assert_close(y, x.clamp(min=0), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 13), (2, 0, 13), (0, 13)], ids=str)
+def test_empty(shape: tuple[int, ...], through_op: None) -> None:
+    x, weight, bias = torch.randn(shape, requires_grad=True), torch.randn(5, 13, requires_grad=True), torch.randn(5)
+    scale = torch.ones(5, requires_grad=True)
+    y = linear(x, weight, bias, "gelu", scale=scale)
+    assert y.shape == (*shape[:-1], 5)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert torch.equal(weight.grad, torch.zeros(5, 13))
+    assert torch.equal(scale.grad, torch.zeros(5))
+
+
+def test_no_inner_dimension(through_op: None) -> None:
+    bias = torch.randn(5)
+    y = linear(torch.randn(3, 0), torch.randn(5, 0), bias)
+    assert torch.equal(y, bias.expand(3, 5))
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual", "scale"])
+def test_gradient_of_one_argument_alone(wanted: str, through_op: None) -> None:
+    case = next(case for case in LINEAR if case.name == "primes-gelu")
+    check(dataclasses.replace(case, wrt=(wanted,)), "cpu", torch.float32)
+
+
+def _t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": _t()}, ValueError, r"'x' has shape \[\] and 'weight' \[5, 8\]; expected \[\.\.\., K\] and \[N, K\]"),
+        ({"x": _t(2, 7)}, ValueError, r"'x' has shape \[2, 7\] and 'weight' \[5, 8\]; expected"),
+        ({"weight": _t(8)}, ValueError, r"'weight' \[8\]; expected \[\.\.\., K\] and \[N, K\]"),
+        ({"bias": _t(4)}, ValueError, r"'bias' has shape \[4\]; expected \[5\]"),
+        ({"scale": _t(1)}, ValueError, r"'scale' has shape \[1\]; expected \[5\]"),
+        ({"residual": _t(1, 5)}, ValueError, r"'residual' has shape \[1, 5\]; expected \[2, 5\]"),
+        ({"activation": "relu"}, ValueError, r"activation 'relu'; expected one of none, gelu, gelu_tanh, quick_gelu"),
+        ({"x": _t(2, 8, dtype=torch.int8)}, TypeError, r"'x' has dtype torch\.int8; expected float16, bfloat16 or"),
+        (
+            {"weight": _t(5, 8, dtype=torch.float16)},
+            TypeError,
+            r"'weight' has dtype torch\.float16, but 'x' has torch\.float32; expected one dtype",
+        ),
+        (
+            {"weight": torch.zeros(5, 8, device="meta")},
+            ValueError,
+            r"'weight' is on meta, but 'x' is on cpu; expected one device",
+        ),
+    ],
+)
+def test_wrong_input_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"linear: .*{message}"):
+        linear(**{"x": _t(2, 8), "weight": _t(5, 8), **arguments})
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [1, 197, 50432])
+@pytest.mark.parametrize("n", [1, 192, 5120])
+def test_heuristic_is_a_valid_config(arch: int, dtype: torch.dtype, m: int, n: int) -> None:
+    for tma in (False, arch >= 90):
+        for out_dtype in (dtype, torch.float32):
+            arguments = (m, n, 768, dtype, out_dtype, arch, tma, 132)
+            config = FILE.heuristic(*arguments)
+            assert config == FILE.heuristic(*arguments)
+            for size in (config.block_m, config.block_n, config.block_k):
+                assert size >= 16 and size & (size - 1) == 0, config
+            assert not config.tma or tma, "a descriptor kernel for tensors without descriptors"

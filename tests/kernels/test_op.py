@@ -1,0 +1,239 @@
+"""kernel_op: every op is whole in eager mode, under torch.compile and torch.export, on meta, with gradients."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import vitfast.kernels
+from tests.kernels._cases import CASES, FILES, OPS, Case, forward_backward, module
+from vitfast.kernels import INTERPRET
+from vitfast.kernels._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, kernel_op
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="the operator around the kernels is tested in the reference lane")
+
+SMALL = [case for op in OPS for case in CASES[op] if not case.real]
+# one case for each op that has every argument
+FULL = {
+    "layer_norm": "D67-offset",
+    "add_layer_norm": "D67-broadcast-residual",
+    "linear": "primes-gelu",
+    "mlp": "gelu",
+    "attention": "bias-full",
+    "attention_qkv": "d5",
+    "patch_embed": "small",
+}
+EACH_OP = [next(case for case in CASES[op] if case.name == name) for op, name in FULL.items()]
+# what is registered: the public function, and the operators it may call
+REGISTERED = {op: op for op in OPS} | {"mlp": "linear", "attention_qkv": "attention"}
+
+
+def public(case: Case) -> Any:
+    return getattr(vitfast.kernels, case.op)
+
+
+def operator(op: str) -> Any:
+    return getattr(torch.ops.vitfast, REGISTERED[op]).default
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gradcheck(case: Case, through_op: None) -> None:
+    arguments = case.arguments(torch.float64, "cpu")
+    if case.name in ("masked", "masked-rows", "huge-scale"):
+        pytest.skip("no finite differences across a mask or a choice")
+    leaves = {name: arguments[name].detach().requires_grad_() for name in case.wrt}
+    if arguments.get("residual") is arguments.get("x"):
+        leaves["residual"] = leaves["x"]
+
+    def function(*values: Tensor) -> Any:
+        return public(case)(**{**arguments, **dict(zip(leaves, values, strict=True))})
+
+    torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("case", EACH_OP, ids=str)
+def test_around_the_operator_and_through_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = case.arguments(torch.float32, "cpu")
+    around = forward_backward(public(case), arguments, case.wrt)
+    for file in FILES:
+        for name, function in vars(file).copy().items():
+            if hasattr(function, "launch") and hasattr(function, "op"):
+                monkeypatch.setattr(file, name, function.op)
+    through = forward_backward(public(case), arguments, case.wrt)
+    for name, value in around.items():
+        torch.testing.assert_close(through[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        if name.startswith("output"):
+            assert torch.equal(through[name], value)
+
+
+def _operator_arguments(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """What the public function hands its operator."""
+    seen: list[tuple[Any, ...]] = []
+    file = module({"add_layer_norm": "layer_norm", "attention_qkv": "attention"}.get(case.op, case.op))
+    name = f"_{REGISTERED[case.op]}"
+    inner = getattr(file, name)
+
+    def record(*args: Any) -> Any:
+        seen.append(args)
+        return inner(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, name, record)
+        arguments = case.arguments(dtype, "cpu")
+        public(case)(**{k: v.requires_grad_() if k in case.wrt else v for k, v in arguments.items()})
+    return seen[0]
+
+
+STRANGE = ["x-transposed", "residual-broadcast", "residual-fp32", "d13-ragged", "uint8-crop", "D64-transposed"]
+CHECKED = EACH_OP + [case for case in SMALL if case.name in STRANGE]
+
+
+@pytest.mark.parametrize("case", [case for case in CHECKED if case.op != "mlp"], ids=str)
+def test_opcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.library.opcheck(operator(case.op), _operator_arguments(case, torch.float32, monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_meta(case: Case, dtype: torch.dtype) -> None:
+    wanted = public(case)(**case.arguments(dtype, "cpu"))
+    actual = public(case)(**case.arguments(dtype, "meta"))
+    for a, w in zip(*(o if isinstance(o, tuple) else (o,) for o in (actual, wanted)), strict=True):
+        assert (a.device.type, a.shape, a.dtype, a.stride()) == ("meta", w.shape, w.dtype, w.stride())
+
+
+@pytest.mark.parametrize("case", EACH_OP, ids=str)
+def test_compile_without_graph_breaks(case: Case) -> None:
+    torch._dynamo.reset()
+    arguments = case.arguments(torch.float32, "cpu")
+    eager = forward_backward(public(case), arguments, case.wrt)
+    compiled = torch.compile(public(case), backend="aot_eager", fullgraph=True)
+    for name, value in forward_backward(compiled, arguments, case.wrt).items():
+        torch.testing.assert_close(value, eager[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+# what grows with the batch
+BATCHED = {"x", "residual", "q", "k", "v", "qkv", "pixels"}
+
+
+@pytest.mark.parametrize("case", EACH_OP, ids=str)
+def test_one_graph_for_every_batch(case: Case) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(public(case), backend=counter, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 7):
+        arguments = case.arguments(torch.float32, "cpu", batch)
+        actual, wanted = compiled(**arguments), public(case)(**arguments)
+        torch.testing.assert_close(actual, wanted)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", EACH_OP, ids=str)
+def test_export_keeps_the_operator(case: Case) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, arguments: dict[str, Tensor]) -> Any:
+            return public(case)(**arguments, **rest)
+
+    arguments = case.arguments(torch.float32, "cpu")
+    if case.op == "attention":
+        # a bias for every image would tie two arguments' batches together; that is not what is tested
+        arguments["bias"] = arguments["bias"][:1]
+    rest = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    batch = torch.export.Dim("batch", min=2)
+    shapes = {name: {0: batch} if name in BATCHED else {} for name in tensors}
+    program = torch.export.export(Module(), (tensors,), dynamic_shapes=(shapes,))
+    assert operator(case.op) in {node.target for node in program.graph.nodes}
+    larger = {name: torch.cat([t, t, t]) if name in BATCHED else t for name, t in tensors.items()}
+    torch.testing.assert_close(program.module()(larger), public(case)(**larger, **rest))
+
+
+def test_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, vitfast.kernels as kernels
+from vitfast.kernels._triton import HAS_TRITON
+assert not HAS_TRITON and not kernels.INTERPRET
+x = torch.randn(2, 7, 13)
+assert torch.equal(kernels.layer_norm(x), torch.nn.functional.layer_norm(x, (13,), eps=1e-6))
+assert kernels.linear(x, torch.randn(5, 13)).shape == (2, 7, 5)
+assert kernels.attention_qkv(torch.randn(2, 7, 48), 2).shape == (2, 7, 16)
+assert kernels.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(5, 3, 4, 4)).shape == (1, 4, 5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernel_op_checks_before_it_runs() -> None:
+    ran = []
+
+    def check(x: Tensor) -> None:
+        if x.dim() != 1:
+            raise ValueError(f"twice: 'x' has shape {list(x.shape)}; expected [N]")
+
+    def reference(x: Tensor) -> Tensor:
+        ran.append("reference")
+        return 2 * x
+
+    @kernel_op("vitfast_test::twice", reference=reference, check=check)
+    def twice(x: Tensor) -> Tensor:
+        raise AssertionError("a launch on CPU")
+
+    assert torch.equal(twice(torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.equal(twice.op(torch.ones(3)), torch.full((3,), 2.0))
+    assert ran == ["reference", "reference"]
+    for function in (twice, twice.op, twice.launch):
+        with pytest.raises(ValueError, match=r"twice: 'x' has shape \[2, 2\]; expected \[N\]"):
+            function(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="expected"):
+        twice(torch.ones(2, 2, device="meta"))
+    assert twice(torch.ones(3, device="meta")).shape == (3,)
+
+
+def test_autocast_casts_what_torch_casts() -> None:
+    x, half, double = torch.ones(2), torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.float64)
+    index = torch.ones(2, dtype=torch.int64)
+    assert autocast(x, half)[0] is x
+    with torch.autocast("cpu", torch.bfloat16):
+        kinds = [t if t is None else t.dtype for t in autocast(x, half, None, double, index)]
+        assert kinds == [torch.bfloat16, torch.bfloat16, None, torch.float64, torch.int64]
+        assert autocast(half, to=torch.float32)[0].dtype == torch.float32
+    meta = torch.ones(2, device="meta")
+    assert autocast(meta)[0] is meta
+
+
+def test_checks() -> None:
+    x = torch.ones(2)
+    check_tensors("op", x=x, y=None)
+    check_shape("op", "y", None, 3)
+    check_shape("op", "x", x, 2)
+    check_same_dtype("op", x=x, y=None, z=torch.ones(5))
+    with pytest.raises(ValueError, match=r"op: 'y' is on meta, but 'x' is on cpu; expected one device"):
+        check_tensors("op", x=x, y=torch.ones(2, device="meta"))
+    with pytest.raises(TypeError, match=r"op: 'x' has dtype torch\.complex64; expected float16, bfloat16 or float32"):
+        check_tensors("op", x=torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"op: 'x' has shape \[2\]; expected \[2, 1\]"):
+        check_shape("op", "x", x, 2, 1)
+    with pytest.raises(TypeError, match=r"'z' has dtype torch\.float16, but 'x' has torch\.float32; expected one"):
+        check_same_dtype("op", x=x, y=None, z=x.half())
+
+
+def test_tf32_is_torch_s_choice() -> None:
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert dot_precision(torch.float32, False) == "ieee"
+        assert dot_precision(torch.float32, True) == "tf32"
+        assert dot_precision(torch.float16, True) == "ieee"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert dot_precision(torch.float32, False) == "tf32"
+        assert dot_precision(torch.bfloat16, False) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -1,0 +1,514 @@
+"""timm's models, plain and accelerated: every option, outputs and gradients."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention, LayerNorm, LayerNormFp32, Mlp, RmsNorm, SwiGLU, SwiGLUPacked, set_fused_attn
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import vitfast
+from tests.vitfast._models import (
+    assert_same,
+    check,
+    fused_names,
+    images,
+    kept_reasons,
+    randomise,
+    timm_deit,
+    timm_model,
+    timm_vit,
+)
+
+
+def vit(attention: dict | None = None, **changes) -> VisionTransformer:
+    """timm's model, with its attention modules built anew where arguments of theirs are given."""
+    model = timm_vit(**changes)
+    if attention:
+        for block in model.blocks:
+            block.attn = Attention(48, 4, qkv_bias=True, **attention)
+        randomise(model)
+    return model.eval()
+
+
+OPTIONS = {
+    "class token": {},
+    "average pool": {"global_pool": "avg"},
+    "average pool, no class token": {"global_pool": "avg", "class_token": False},
+    "average pool with prefix": {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2},
+    "avgmax pool": {"global_pool": "avgmax"},
+    "map pool": {"global_pool": "map", "class_token": False},
+    "prr pool": {"global_pool": "prr"},
+    "no pool": {"global_pool": "", "num_classes": 0},
+    "registers": {"reg_tokens": 3},
+    "registers, no_embed_class": {"reg_tokens": 3, "no_embed_class": True},
+    "registers, no class token": {"reg_tokens": 2, "class_token": False, "global_pool": "avg"},
+    "no_embed_class": {"no_embed_class": True},
+    "positions none": {"pos_embed": "none"},
+    "positions none, no prefix": {"pos_embed": "none", "class_token": False, "global_pool": "avg"},
+    "LayerScale": {"init_values": 0.1},
+    "qk_norm": {"qk_norm": True},
+    "scale_attn_norm": {"scale_attn_norm": True},
+    "scale_mlp_norm": {"scale_mlp_norm": True},
+    "both scale norms, LayerScale": {"scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.1},
+    "pre_norm, QuickGELU": {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": partial(LayerNorm, eps=1e-5)},
+    "GELU tanh": {"act_layer": "gelu_tanh"},
+    "timm's GELU": {"act_layer": timm.layers.activations.GELU},
+    "SiLU": {"act_layer": "silu"},
+    "fc_norm": {"fc_norm": True},
+    "no final norm": {"final_norm": False},
+    "embed norm": {"embed_norm_layer": LayerNorm},
+    "norm without weights": {"norm_layer": partial(LayerNorm, affine=False)},
+    "RmsNorm": {"norm_layer": RmsNorm},
+    "LayerNormFp32": {"norm_layer": LayerNormFp32},
+    "nn.LayerNorm": {"norm_layer": partial(nn.LayerNorm, eps=1e-6)},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "SwiGLU": {"mlp_layer": SwiGLU, "act_layer": nn.SiLU},
+    "SwiGLU packed": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 5.0},
+    "gated attention": {"attention": {"gated": True}},
+    "wide heads": {"attention": {"attn_head_dim": 20}},
+    "differential attention": {"attn_layer": "diff"},
+    "post-norm blocks": {"block_fn": vision_transformer.ResPostBlock, "init_values": 0.1},
+    "parallel blocks": {"block_fn": vision_transformer.ParallelScalingBlock},
+    "parallel things": {"block_fn": vision_transformer.ParallelThingsBlock},
+    "padded images": {"dynamic_img_pad": True},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_outputs_and_gradients(option):
+    check(vit, images(2, 3, 24, 32), **OPTIONS[option])
+
+
+@pytest.mark.parametrize("option", ["class token", "LayerScale", "qk_norm", "scale_attn_norm"])
+def test_outputs_and_gradients_without_fused_attention(option):
+    x = images(2, 3, 24, 32)
+    plain = timm_vit(**OPTIONS[option])
+    set_fused_attn(False)
+    try:
+        matmul = timm_vit(**OPTIONS[option])
+        dropping = timm_vit(attn_drop_rate=0.3, **OPTIONS[option])
+    finally:
+        set_fused_attn(True)
+    fused = vitfast.accelerate(copy.deepcopy(matmul))
+    assert not fused.blocks[0].attn.fused_attn
+    # torch's fused attention is the baseline: the keys' biases have no gradient but rounding, and that is the method's
+    assert_same(plain, fused, x)
+    torch.testing.assert_close(fused(x), matmul(x))
+    # with dropout at work timm's own matrix products run, and draw the same numbers
+    assert_same(dropping, vitfast.accelerate(copy.deepcopy(dropping)), x, train=True)
+
+
+DYNAMIC = {
+    "class token": {},
+    "registers, no_embed_class": {"reg_tokens": 2, "no_embed_class": True},
+    "no prefix": {"class_token": False, "global_pool": "avg"},
+    "positions none": {"pos_embed": "none"},
+    "padded": {"dynamic_img_pad": True},
+}
+
+
+@pytest.mark.parametrize("size", [(24, 32), (48, 16), (32, 32), (8, 96)], ids=str)
+@pytest.mark.parametrize("option", DYNAMIC)
+def test_dynamic_image_size(option, size):
+    check(timm_vit, images(2, 3, *size), dynamic_img_size=True, **DYNAMIC[option])
+
+
+def test_dynamic_image_size_with_padding():
+    check(timm_vit, images(2, 3, 27, 30), dynamic_img_size=True, dynamic_img_pad=True)
+
+
+DEIT = {
+    "plain": {},
+    "LayerScale, dynamic size": {"init_values": 0.2, "dynamic_img_size": True},
+    "dropout": {"drop_rate": 0.2, "drop_path_rate": 0.3, "pos_drop_rate": 0.2},
+}
+
+
+@pytest.mark.parametrize("distilled_training", [False, True], ids=["average", "tuple"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("option", DEIT)
+def test_distilled(option, train, distilled_training):
+    def build(**changes):
+        model = timm_deit(**changes)
+        model.set_distilled_training(distilled_training)
+        return model
+
+    x = images(2, 3, 24, 32)
+    fused = check(build, x, train=train, **DEIT[option])
+    assert fused_names(fused)[""] == "FusedTimmVisionTransformerDistilled"
+    assert isinstance(fused.train(train)(x), tuple) is (train and distilled_training)
+
+
+def test_distilled_dynamic_image_size():
+    check(timm_deit, images(2, 3, 48, 16), dynamic_img_size=True)
+
+
+DROPOUTS = {
+    "patch_drop": {"patch_drop_rate": 0.4, "reg_tokens": 1},
+    "pos_drop": {"pos_drop_rate": 0.3},
+    "pos_drop, positions none": {"pos_drop_rate": 0.3, "pos_embed": "none"},
+    "proj_drop": {"proj_drop_rate": 0.3},
+    "attn_drop": {"attn_drop_rate": 0.3},
+    "drop_path": {"drop_path_rate": 0.5},
+    "all, LayerScale, qk_norm": {
+        "patch_drop_rate": 0.3,
+        "pos_drop_rate": 0.1,
+        "proj_drop_rate": 0.2,
+        "attn_drop_rate": 0.2,
+        "drop_path_rate": 0.4,
+        "drop_rate": 0.1,
+        "init_values": 0.2,
+        "qk_norm": True,
+    },
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("option", DROPOUTS)
+def test_dropout_draws_the_same_random_numbers(option, train):
+    fused = check(timm_vit, images(4, 3, 24, 32), train=train, **DROPOUTS[option])
+    if train and option != "pos_drop, positions none":
+        x = images(4, 3, 24, 32)
+        fused.train()
+        torch.manual_seed(0)
+        first = fused(x)
+        torch.manual_seed(1)
+        assert not torch.equal(first, fused(x))
+
+
+@pytest.mark.parametrize("where", ["attn_drop", "drop_path1", "proj_drop", "drop1"])
+def test_dropout_in_another_mode_than_its_parent(where):
+    # people switch single dropouts: the fused layers must look where the original looks
+    plain = timm_vit(attn_drop_rate=0.4, drop_path_rate=0.4, proj_drop_rate=0.4)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for flipped in (True, False):
+        for model in (plain, fused):
+            model.train(not flipped)
+            for name, module in model.named_modules():
+                if name.rpartition(".")[2] == where:
+                    module.train(flipped)
+        results = []
+        for model in (plain, fused):
+            torch.manual_seed(5)
+            results.append(model(images(4, 3, 24, 32)))
+        torch.testing.assert_close(results[1], results[0])
+
+
+def _mask(kind: str) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    keep = torch.rand(13, 13, generator=generator) > 0.3
+    keep.fill_diagonal_(True)
+    return keep if kind == "bool" else torch.randn(13, 13, generator=generator)
+
+
+MASKS = {
+    "bool mask": lambda model, x: model(x, attn_mask=_mask("bool")),
+    "additive mask": lambda model, x: model(x, attn_mask=_mask("float").to(x.dtype)),
+    "causal": lambda model, x: model(x, is_causal=True),
+    "causal features": lambda model, x: model.forward_features(x, is_causal=True),
+    "masked block": lambda model, x: model.blocks[0](model.norm(model.forward_features(x)), attn_mask=_mask("bool")),
+    "masked attention": lambda model, x: model.blocks[1].attn(model.forward_features(x), is_causal=True),
+}
+
+
+@pytest.mark.parametrize("fused_attn", [True, False], ids=["sdpa", "matmul"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask, fused_attn):
+    set_fused_attn(fused_attn)
+    try:
+        check(timm_vit, images(2, 3, 24, 32), MASKS[mask], init_values=0.3)
+    finally:
+        set_fused_attn(True)
+    x = images(2, 3, 24, 32)
+    model = vitfast.accelerate(timm_vit(init_values=0.3))
+    assert not torch.allclose(model(x), model(x, attn_mask=_mask("bool"))), "the mask has no effect"
+
+
+CALLS = {
+    "forward_features": lambda model, x: model.forward_features(x),
+    "forward_head, pre_logits": lambda model, x: model.forward_head(model.forward_features(x), pre_logits=True),
+    "forward_intermediates": lambda model, x: model.forward_intermediates(x, norm=True, return_prefix_tokens=True),
+    "forward_intermediates, stop early": lambda model, x: model.forward_intermediates(x, [0], stop_early=True),
+    "forward_intermediates, dict": lambda model, x: model.forward_intermediates(x, output_dict=True, output_fmt="NLC"),
+    "forward_intermediates, causal": lambda model, x: model.forward_intermediates(x, is_causal=True),
+    "get_intermediate_layers": lambda model, x: model.get_intermediate_layers(x, 2, reshape=True, norm=True),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("call", CALLS)
+def test_feature_interfaces(call, dynamic):
+    check(timm_vit, images(2, 3, 24, 32), CALLS[call], reg_tokens=1, init_values=0.3, dynamic_img_size=dynamic)
+
+
+def test_features_only():
+    def build():
+        return timm_model(
+            "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, features_only=True, out_indices=(0, 1)
+        )
+
+    fused = check(build, images(2, 3, 64, 64), lambda model, x: model(x))
+    assert fused_names(fused)["model"] == "FusedTimmVisionTransformer"
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": {"gated": True}}], ids=["plain", "gated"])
+def test_gradient_checkpointing(changes):
+    plain = vit(drop_path_rate=0.3, proj_drop_rate=0.2, **changes)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for model in (plain, fused):
+        model.set_grad_checkpointing(True)
+    assert_same(plain, fused, images(4, 3, 24, 32), train=True)
+
+
+MODELS = {
+    "vit_tiny_patch16_224": {},
+    "vit_small_patch14_reg4_dinov2": {},
+    "vit_base_patch16_clip_quickgelu_224": {"patch_size": 16},
+    "vit_base_patch16_siglip_224": {},
+    "vit_small_patch16_rope_224": {},
+    "deit3_small_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "flexivit_small": {},
+    "vit_base_resnet26d_224": {"embed_dim": 48, "num_heads": 4},
+    "beit_base_patch16_224": {},
+    "beitv2_base_patch16_224": {},
+    "eva02_tiny_patch14_224": {},
+    "eva_large_patch14_196": {},
+    "cait_xxs24_224": {},
+    "xcit_nano_12_p16_224": {},
+    "mixer_s32_224": None,
+    "pit_ti_224": None,
+    "swin_tiny_patch4_window7_224": None,
+    "swinv2_tiny_window8_256": None,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_registered_models(name):
+    # other families hold some of the same modules: those are replaced, the rest works as before
+    size = {"swin_tiny_patch4_window7_224": 56, "swinv2_tiny_window8_256": 64, "vit_base_resnet26d_224": 64}.get(name)
+    changes = MODELS[name]
+    if name.startswith("swin"):
+        changes = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4), "img_size": size}
+    elif name == "mixer_s32_224":
+        size = 64
+        changes = {"img_size": size}
+    elif name == "pit_ti_224":
+        changes = {"img_size": 64}
+    else:
+        size = 56 if "patch14" in name else 64
+        tiny = {"img_size": size, "embed_dim": 48, "num_heads": 4, "depth": 2}
+        if "eva" in name or "rope" in name:
+            tiny["embed_dim"] = 64
+        changes = {**tiny, **changes}
+    plain = timm_model(name, num_classes=5, **changes)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert fused_names(fused)
+    assert_same(plain, fused, images(1, 3, size or 64, size or 64))
+    vitfast.restore(fused)
+    assert [type(m) for m in fused.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_a_model_without_known_modules_stays_as_it_is():
+    plain = timm_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert [type(m) for m in fused.modules()] == [type(m) for m in plain.modules()]
+    assert "unknown subclass of LayerNorm" in str(vitfast.report(fused))
+
+
+def test_every_part_of_the_model_is_replaced():
+    fused = vitfast.accelerate(timm_vit(init_values=0.1, qk_norm=True, scale_attn_norm=True))
+    names = fused_names(fused)
+    assert names[""] == "FusedTimmVisionTransformer"
+    assert names["patch_embed"] == "FusedTimmPatchEmbed"
+    for i in range(2):
+        assert names[f"blocks.{i}"] == "FusedTimmBlock"
+        assert names[f"blocks.{i}.attn"] == "FusedTimmAttention"
+        assert names[f"blocks.{i}.mlp"] == "FusedTimmMlp"
+        for norm in ("norm1", "norm2", "attn.q_norm", "attn.k_norm", "attn.norm"):
+            assert names[f"blocks.{i}.{norm}"] == "FusedTimmLayerNorm"
+    assert names["norm"] == "FusedTimmLayerNorm"
+    assert not vitfast.report(fused).kept
+
+
+DECLINED = {
+    "gated attention": ("blocks.0.attn", "gated attention"),
+    "SwiGLU": ("blocks.0.mlp", "gated MLP: no kernel has its gate in an epilogue"),
+    "SwiGLU packed": ("blocks.0.mlp", "gated MLP: no kernel has its gate in an epilogue"),
+    "post-norm blocks": ("blocks.0", "not the plain pre-norm block"),
+    "parallel blocks": ("blocks.0", "not the plain pre-norm block"),
+    "parallel things": ("blocks.0", "not the plain pre-norm block"),
+    "padded images": ("patch_embed", "pads images (dynamic_img_pad)"),
+    "SiLU": ("blocks.0.mlp", "activation SiLU is in no epilogue"),
+    "LayerNormFp32": ("norm", "unknown subclass of LayerNorm"),
+    "map pool": ("attn_pool", "attention pooling has one query and is not worth a kernel"),
+    "differential attention": ("blocks.0.attn", "differential attention: two softmaxes, no kernel"),
+}
+
+
+@pytest.mark.parametrize("option", DECLINED)
+def test_what_is_declined_is_reported_and_strict_raises(option):
+    name, reason = DECLINED[option]
+    model = vit(**OPTIONS[option])
+    with pytest.raises(ValueError, match="strict") as error:
+        vitfast.accelerate(model, strict=True)
+    assert f"{name} ({type(model.get_submodule(name)).__name__}): {reason}" in str(error.value)
+    assert not fused_names(model), "a refused call must change nothing"
+    vitfast.accelerate(model)
+    assert kept_reasons(model)[name] == reason
+
+
+def test_fast_norm_is_declined():
+    timm.layers.set_fast_norm(True)
+    try:
+        model = timm_vit()
+    finally:
+        timm.layers.set_fast_norm(False)
+    plain = copy.deepcopy(model)
+    assert "fast norm" in kept_reasons(vitfast.accelerate(model))["norm"]
+    assert_same(plain, model, images(2, 3, 24, 32))
+
+
+def test_a_subclass_of_the_model_keeps_its_own_forward():
+    class Shifted(VisionTransformer):
+        def _pos_embed(self, x):
+            return super()._pos_embed(x) + 1.0
+
+    plain = timm_vit()
+    plain.__class__ = Shifted
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert kept_reasons(fused) == {"": "unknown subclass of VisionTransformer"}
+    assert "blocks.0" in fused_names(fused)
+    assert_same(plain, fused, images(2, 3, 24, 32))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("method", ["_pos_embed", "forward_features"])
+def test_a_method_replaced_on_the_model_takes_effect(method, when):
+    # ZoeDepth, MiDaS and others patch models in this way
+    def patch(model):
+        original = getattr(VisionTransformer, method)
+        setattr(model, method, lambda x, **kwargs: 2.0 * original(model, x, **kwargs))
+        return model
+
+    x = images(2, 3, 24, 32)
+    expected = patch(timm_vit())(x)
+    model = timm_vit()
+    model = vitfast.accelerate(patch(model)) if when == "before" else patch(vitfast.accelerate(model))
+    torch.testing.assert_close(model(x), expected)
+    assert method in str(vitfast.report(model))
+
+
+def _strided(conv: nn.Conv2d) -> None:
+    # how dense feature extractors (DINO descriptors) overlap patches
+    conv.stride = (4, 4)
+
+
+def _padded(conv: nn.Conv2d) -> None:
+    conv.padding = (4, 4)
+
+
+def _dilated(conv: nn.Conv2d) -> None:
+    conv.dilation = (2, 2)
+
+
+@pytest.mark.parametrize("change", [_strided, _padded, _dilated])
+def test_a_convolution_changed_in_place_is_called(change):
+    plain = timm_vit(pos_embed="none")
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for model in (plain, fused):
+        change(model.patch_embed.proj)
+    assert_same(plain, fused, images(2, 3, 24, 32))
+    row = next(row for row in vitfast.report(fused).replaced if row.module == "patch_embed")
+    assert "called as a module" in row.note
+
+
+def test_set_input_size_after_accelerate():
+    plain = timm_vit(reg_tokens=1)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for model in (plain, fused):
+        model.set_input_size(img_size=(16, 48))
+    assert_same(plain, fused, images(2, 3, 16, 48))
+    for model in (plain, fused):
+        model.set_input_size(img_size=(32, 48), patch_size=(16, 16))
+    assert_same(plain, fused, images(2, 3, 32, 48))
+
+
+def test_reset_classifier_and_pruning_after_accelerate():
+    plain = timm_vit()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for model in (plain, fused):
+        torch.manual_seed(2)
+        model.reset_classifier(5, "avg")
+    assert_same(plain, fused, images(2, 3, 24, 32))
+    for model in (plain, fused):
+        model.prune_intermediate_layers(1, prune_norm=True)
+    assert len(fused.blocks) == 2
+    for model in (plain, fused):
+        model.prune_intermediate_layers([0])
+    assert len(fused.blocks) == 1
+    assert_same(plain, fused, images(2, 3, 24, 32))
+
+
+ERRORS = {
+    "wrong size": ({}, (2, 3, 32, 32)),
+    "not divisible": ({"dynamic_img_size": True}, (2, 3, 20, 32)),
+    "four channels": ({}, (2, 4, 24, 32)),
+    "four channels, dynamic": ({"dynamic_img_size": True}, (2, 4, 24, 32)),
+    "no batch dimension": ({}, (3, 24, 32)),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_images_get_timms_own_error(case):
+    changes, shape = ERRORS[case]
+    plain = timm_vit(**changes)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for call in (lambda m, x: m(x), lambda m, x: m.patch_embed(x)):
+        with pytest.raises(Exception) as expected:
+            call(plain, images(*shape))
+        with pytest.raises(Exception) as got:
+            call(fused, images(*shape))
+        assert type(got.value) is type(expected.value)
+        assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=["uint8", "int64"])
+def test_integer_pixels_get_torchs_own_error(dtype):
+    plain = timm_vit()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = torch.ones(1, 3, 24, 32, dtype=dtype)
+    with pytest.raises(RuntimeError) as expected:
+        plain(x)
+    with pytest.raises(RuntimeError) as got:
+        fused(x)
+    assert str(got.value) == str(expected.value)
+
+
+def test_an_mlp_of_convolutions_is_declined():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Mlp(8, 16, use_conv=True)
+
+        def forward(self, x):
+            return self.mlp(x)
+
+    plain = randomise(Net())
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert kept_reasons(fused) == {"mlp": "fc1 is a Conv2d; the kernel replaces nn.Linear"}
+    assert_same(plain, fused, images(2, 8, 3, 3))
+
+
+def test_a_patch_embedding_of_another_layout_is_declined():
+    plain = randomise(timm.layers.PatchEmbed(32, 8, 3, 24, output_fmt="NCHW"))
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert kept_reasons(fused) == {"": "hands out NCHW; the kernel NLC or NHWC"}
+    assert_same(plain, fused, images(2, 3, 32, 32))

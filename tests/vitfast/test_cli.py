@@ -1,0 +1,175 @@
+"""The `vitfast` command in process: what it prints, its exit statuses, and its errors in one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitfast
+from vitfast import cli, kernels
+from vitfast.architectures import ARCHITECTURES
+from vitfast.doctor import Diagnosis
+from vitfast.parity import parity, seed_weights
+
+TINY = {
+    **ARCHITECTURES["vit_tiny_patch16_224"],
+    "img_size": 32,
+    "patch_size": 8,
+    "depth": 2,
+    "embed_dim": 24,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "vit_test", TINY)
+
+
+def run(capsys: pytest.CaptureFixture, *argv: str) -> tuple[int, str, str]:
+    status = cli.main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def one_error(err: str) -> str:
+    """The error's line; there must be nothing else."""
+    assert err.startswith("vitfast: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("parity",), ("doctor",)], ids=["vitfast", "demo", "parity", "doctor"]
+)
+def test_help_says_what_there_is(capsys, command) -> None:
+    status, out, err = run(capsys, *command, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: vitfast")
+    wanted = {
+        (): ("demo", "parity", "doctor", "exit status"),
+        ("demo",): ("--image", "--weights", "--precision", "--out", "--seed", "--device"),
+        ("parity",): ("MODEL", "--precision", "--batch"),
+        ("doctor",): ("broken",),
+    }[command]
+    assert all(word in out for word in wanted)
+
+
+def test_version(capsys) -> None:
+    assert run(capsys, "--version") == (0, f"vitfast {vitfast.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "COMMAND"),
+        (["demmo"], "demmo"),
+        (["parity"], "MODEL"),
+        (["parity", "vit_test", "--precision", "fp4"], "fp4"),
+        (["parity", "vit_test", "--batch", "0"], "'0' is not a positive integer"),
+        (["demo", "--seconds", "nan"], "'nan' is not a positive number of seconds"),
+        (["parity", "vit_test", "--device", "toaster"], "toaster"),
+        (["parity", "vit_tiny_patch16_22", "--device", "cpu"], "'vit_tiny_patch16_224'"),
+        (["parity", "vit_test", "--weights", "nowhere.pth"], "nowhere.pth"),
+        (["parity", "vit_test", "--img-size", "33", "--device", "cpu"], "33x33"),
+        (["demo", "--model", "vit_test", "--image", "nowhere.jpg"], "nowhere.jpg"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_line(argv, said, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert said in one_error(err)
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_prints_the_numbers_of_the_function(capsys) -> None:
+    status, out, _ = run(
+        capsys, "parity", "vit_test", "--precision", "bf16", "--batch", "3", "--seed", "5", "--device", "cpu"
+    )
+    assert status == 0
+    model = seed_weights(vitfast.create_model("vit_test"), seed=5).eval()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    expected = parity(model, pixels, "bf16")
+    assert out.endswith(f"{expected}\n")
+    assert "seeded random weights (seed 5)" in out
+    assert f"{expected.output.worst:.2e}" in out
+
+
+def test_parity_all_has_a_line_for_every_module(capsys) -> None:
+    status, out, _ = run(capsys, "parity", "vit_test", "--all", "--device", "cpu", "--img-size", "40")
+    assert status == 0
+    assert "2x3x40x40" in out
+    replaced = vitfast.report(vitfast.accelerate(vitfast.create_model("vit_test"))).replaced
+    last = [line.split()[-1] for line in out.splitlines()]
+    assert {row.module or "(model)" for row in replaced} <= set(last)
+
+
+def test_parity_of_a_wrong_kernel_exits_with_1(capsys, monkeypatch) -> None:
+    right = kernels.layer_norm
+    monkeypatch.setattr(kernels, "layer_norm", lambda *args: right(*args) + 1e-3)
+    status, out, err = run(capsys, "parity", "vit_test", "--device", "cpu")
+    assert (status, err) == (1, "")
+    assert "BROKEN" in out
+    assert re.search(r"the rule is broken .*: output, .*blocks\.0\.norm1", out)
+
+
+def test_parity_reads_a_checkpoint(capsys, tmp_path) -> None:
+    file = tmp_path / "tiny.pth"
+    torch.save(seed_weights(vitfast.create_model("vit_test"), seed=9).state_dict(), file)
+    status, out, _ = run(capsys, "parity", "vit_test", "--weights", str(file), "--device", "cpu")
+    assert status == 0
+    assert f"weights of {file}" in out
+    assert "seeded" not in out
+
+
+@pytest.mark.parametrize(("problems", "status"), [((), 0), (("no compiler: get one",), 1)], ids=["whole", "broken"])
+def test_doctor_prints_what_the_function_found(problems, status, capsys, monkeypatch) -> None:
+    found = Diagnosis((("torch", "9.9"),), (), (), (), ("a note",), problems)
+    monkeypatch.setattr(importlib.import_module("vitfast.doctor"), "doctor", lambda: found)
+    assert run(capsys, "doctor") == (status, f"{found}\n", "")
+
+
+def test_an_interrupt_is_130(capsys, monkeypatch) -> None:
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupted)
+    assert run(capsys, "doctor") == (130, "", "vitfast: interrupted\n")
+
+
+def test_an_unexpected_error_is_named_and_its_traceback_can_be_had(capsys, monkeypatch) -> None:
+    def failing(options):
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(cli, "_doctor", failing)
+    status, _, err = run(capsys, "doctor")
+    assert status == 2
+    assert one_error(err) == "vitfast: error: RuntimeError: out of luck\n"
+    for argv in (["--traceback", "doctor"], ["doctor", "--traceback"]):
+        with pytest.raises(RuntimeError, match="luck"):
+            cli.main(argv)
+
+
+def test_as_a_program_with_a_reader_that_goes_away() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "vitfast", "doctor"], stdout=write, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    os.close(write)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 141
+    assert err == b""

@@ -1,0 +1,326 @@
+"""The demo on tiny models: what it measures, what the page says, and what it does with odd pictures."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitfast
+from vitfast import cli, demo, kernels
+from vitfast.architectures import ARCHITECTURES
+from vitfast.attention_maps import attention_maps, rollout
+from vitfast.demo import Interpreted, Timing, load_image, measure, preprocess, run_demo
+from vitfast.parity import build_model, parity, seed_weights
+
+TINY = {
+    **ARCHITECTURES["vit_tiny_patch16_224"],
+    "img_size": 32,
+    "patch_size": 8,
+    "depth": 2,
+    "embed_dim": 24,
+    "num_heads": 3,
+    "num_classes": 7,
+}
+VOID = {"meta", "img", "br", "rect", "path"}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "vit_test", TINY)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture with structure: a bright square on a gradient."""
+    y, x = np.mgrid[0:90, 0:120]
+    pixels = np.stack([x, y, x + y], axis=-1).astype(np.uint8)
+    pixels[20:50, 30:60] = (250, 240, 60)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def small_demo(photo, tmp_path, **options):
+    options = {"model": "vit_test", "seconds": 0.05, "device": "cpu", "interpret": False, **options}
+    return run_demo(image=photo, out=tmp_path / "out", **options)
+
+
+class Page(HTMLParser):
+    """The page's text, tags and attributes; fails on tags that do not close."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def test_the_result_is_what_the_functions_say(photo, tmp_path) -> None:
+    steps: list[str] = []
+    result = small_demo(photo, tmp_path, precision="bf16", batch=3, seed=4, log=steps.append)
+    assert len(steps) == 4
+    assert result.ok
+    assert result.seeded
+    assert "seed 4" in result.weights
+    model = build_model("vit_test", seed=4)
+    pixels, _ = preprocess(load_image(photo), 32)
+    assert result.parity == parity(model, torch.cat([pixels, pixels.flip(-1)]), "bf16")
+    assert len(result.report.replaced) == len(result.parity.modules)
+    assert result.report.precision == "bf16"
+    assert result.plain.batch == result.fused.batch == 3
+    assert len(result.ratios) == len(result.plain.seconds) >= 3
+
+    assert result.top is not None
+    assert len(result.top) == 5
+    with torch.inference_mode():
+        best = model.bfloat16()(pixels.bfloat16()).double().softmax(-1)[0]
+    assert result.top[0][0] == int(best.argmax())
+    assert result.top[0][1] == pytest.approx(best.max().item(), rel=1e-6)
+    text = str(result)
+    assert f"{result.parity}" in text
+    assert f"{result.plain.rate():.4g} img/s" in text
+    assert "No fused kernel ran" in text
+
+
+def test_the_page_is_whole_and_has_the_numbers(photo, tmp_path) -> None:
+    result = small_demo(photo, tmp_path)
+    source = result.files["page"].read_text(encoding="utf-8")
+    page = Page(source)
+    assert "Same answer, with 13 modules replaced" in page.text
+    assert "No fused kernel ran" in page.text
+    assert "seeded random weights, seed 0" in page.text
+    out = result.parity.output
+    for value in (out.worst, out.worst_limit, out.relative):
+        mantissa = f"{value / 10 ** math.floor(math.log10(value)):.2f}"
+        assert mantissa in page.text
+    assert f"{out.cosine:.8f}" in page.text
+    assert f"{result.plain.rate():.4g} img/s" in page.text
+    assert f"{result.fused.rate():.4g} img/s" in page.text
+    assert f"{result.ratio():.2f}" in page.text
+    assert result.command in page.text
+    for row in result.report.replaced:
+        assert row.original in page.text
+        assert str(row.fused) in page.text
+    for index, probability, _ in result.top or ():
+        assert f"{index} {100 * probability:.3f}" in page.text.replace("\xa0", " ")
+    assert torch.__version__ in page.text
+
+    # nothing is fetched, everything is described
+    assert "http" not in source
+    assert "url(" not in source
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 2 + TINY["depth"]
+    assert all(p["src"].startswith("data:image/jpeg;base64,") and p["alt"] for p in pictures)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_pictures_show_the_rollout(photo, tmp_path) -> None:
+    result = small_demo(photo, tmp_path)
+    drawn = np.asarray(Image.open(result.files["overlay"]), dtype=float)
+    assert drawn.shape == (64, 64, 3)
+    pixels, view = preprocess(load_image(photo), 32)
+    flow = rollout(attention_maps(build_model("vit_test"), pixels))[0]
+    # the overlay less the photograph's share is the colour, whose red grows with the map
+    colour = drawn - 0.4 * np.asarray(view, dtype=float)
+    red = np.array(
+        [[colour[16 * i + 6 : 16 * i + 10, 16 * j + 6 : 16 * j + 10, 0].mean() for j in range(4)] for i in range(4)]
+    )
+    order = np.corrcoef(red.ravel(), flow.numpy().ravel())[0, 1]
+    assert order > 0.95
+    strip = Image.open(result.files["layers"])
+    assert strip.size == (2 * 144 + 4, 144)
+
+
+def test_names_are_escaped(photo, tmp_path) -> None:
+    evil = tmp_path / '<script>alert("&")<'
+    evil.mkdir()
+    file = evil / "script>.png"
+    file.write_bytes(photo.read_bytes())
+    source = small_demo(file, tmp_path).files["page"].read_text(encoding="utf-8")
+    page = Page(source)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert '<script>alert("&")</script>.png' in page.text
+
+
+def test_a_wrong_kernel_is_on_the_page_and_in_the_status(photo, tmp_path, monkeypatch, capsys) -> None:
+    right = kernels.attention_qkv
+    monkeypatch.setattr(kernels, "attention_qkv", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    monkeypatch.setattr(demo, "_interpret_in_child", lambda: Interpreted(True, 1, 0.0, 1.0))
+    argv = ["demo", "--model", "vit_test", "--image", str(photo), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main([*argv, "--seconds", "0.05"]) == 1
+    captured = capsys.readouterr()
+    assert "the rule is broken" in captured.out
+    assert "measuring throughput" in captured.err
+    page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
+    assert "Not the same answer" in page.text
+    assert "broken" in page.text
+
+
+def test_weights_from_a_file(photo, tmp_path) -> None:
+    file = tmp_path / "tiny.pth"
+    torch.save(seed_weights(vitfast.create_model("vit_test"), seed=9).state_dict(), file)
+    result = small_demo(photo, tmp_path, weights=file)
+    assert not result.seeded
+    text = Page(result.files["page"].read_text(encoding="utf-8")).text
+    assert str(file) in text
+    assert "random" not in text
+    assert f"--weights {file}" in result.command
+
+
+def test_a_model_without_classes_or_class_token(photo, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(
+        ARCHITECTURES, "vit_test", {**TINY, "num_classes": 0, "class_token": False, "global_pool": "map"}
+    )
+    result = small_demo(photo, tmp_path)
+    assert result.top is None
+    text = Page(result.files["page"].read_text(encoding="utf-8")).text
+    assert "likeliest" not in text
+    assert "patches look on average" in text
+    # the pooling's attention is left alone, and the page says why
+    assert "AttentionPool" in text
+    assert next(row for row in result.report.kept if row.original == "AttentionPool").note in text
+
+
+def test_preprocessing_is_timms(tmp_path) -> None:
+    data = pytest.importorskip("timm.data")
+    transform = data.create_transform(
+        (3, 224, 224), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9
+    )
+    for size in ((512, 600), (333, 250), (224, 224), (100, 71)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        pixels, view = preprocess(image, 224)
+        torch.testing.assert_close(pixels, transform(image)[None], rtol=0, atol=1e-6)
+        assert view.size == (448, 448)
+
+
+def test_the_view_is_the_part_that_the_model_sees() -> None:
+    y, x = np.mgrid[0:200, 0:300]
+    image = Image.fromarray(np.stack([x * 0.8, y, x * 0], axis=-1).astype(np.uint8))
+    pixels, view = preprocess(image, 32)
+    seen = (pixels[0].permute(1, 2, 0).numpy() * 0.5 + 0.5) * 255
+    shown = np.asarray(view.resize((32, 32), Image.Resampling.BOX), dtype=float)
+    # away from the border, where the two resamplings see different neighbours
+    assert np.abs(seen - shown)[2:-2, 2:-2].max() < 3.0
+
+
+def test_pictures_of_every_kind_are_read(tmp_path) -> None:
+    ramp = np.tile(np.linspace(0, 255, 64), (48, 1)).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    Image.fromarray(ramp).convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray(ramp).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for name in ("grey.png", "grey16.png", "palette.gif", "cmyk.jpg"):
+        image = load_image(tmp_path / name)
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(int) - ramp[..., None]).max() <= 4, name
+
+    half = np.zeros((4, 4, 4), dtype=np.uint8)
+    half[:2, :, 3] = 255
+    Image.fromarray(half).save(tmp_path / "alpha.png")
+    shown = np.asarray(load_image(tmp_path / "alpha.png"))
+    assert (shown[:2] == 0).all()
+    assert (shown[2:] == 255).all()
+
+
+def test_exif_orientation_is_applied(tmp_path) -> None:
+    upright = np.zeros((20, 30, 3), dtype=np.uint8)
+    upright[:10, :15] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise for display
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", exif=exif)
+    assert (np.asarray(load_image(tmp_path / "turned.png")) == upright).all()
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "empty", "folder", "missing"])
+def test_what_is_no_picture_is_one_line_with_the_file_and_the_formats(kind, tmp_path, capsys, photo) -> None:
+    file = tmp_path / "odd.png"
+    if kind == "folder":
+        file.mkdir()
+    elif kind != "missing":
+        whole = photo.read_bytes()
+        file.write_bytes({"text": b"not a picture", "truncated": whole[: len(whole) // 2], "empty": b""}[kind])
+    status = cli.main(["demo", "--model", "vit_test", "--image", str(file), "--out", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert status == 2
+    assert err.startswith("vitfast: error: ")
+    assert err.count("\n") == 1
+    assert str(file) in err
+    assert "JPEG, PNG" in err or kind in ("folder", "missing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_the_error_says_what_to_do(monkeypatch, tmp_path) -> None:
+    assert Image.open(demo.sample_image()).size == (512, 600)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install matplotlib, or give --image"):
+        run_demo(model="vit_test", out=tmp_path)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(photo, tmp_path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="expected a folder"):
+        small_demo(photo, tmp_path)
+
+
+def test_throughput_is_taken_in_turns_after_a_warm_up() -> None:
+    calls: list[str] = []
+
+    def model(name: str):
+        return lambda pixels: calls.append(name)
+
+    plain, fused, ratios = measure(model("p"), model("f"), torch.zeros(5, 1), seconds=1e-9)
+    assert "".join(calls) == "pf" + "pf" + "fp" + "pf"
+    assert (plain.batch, len(plain.seconds), len(fused.seconds), len(ratios)) == (5, 3, 3, 3)
+    assert ratios == tuple(p / f for p, f in zip(plain.seconds, fused.seconds, strict=True))
+
+
+def test_rates_are_quantiles_of_images_per_second() -> None:
+    timing = Timing(4, (1.0, 2.0, 4.0))
+    assert timing.rate() == 2.0
+    assert timing.rate(0.0) == 1.0
+    assert timing.rate(1.0) == 4.0
+
+
+@pytest.mark.skipif(not demo.HAS_TRITON, reason="needs Triton's interpreter")
+def test_the_kernels_themselves_are_interpreted() -> None:
+    found = demo._interpret_in_child()
+    assert isinstance(found, Interpreted), found
+    assert found.ok
+    assert found.modules == 13
+    assert 0.0 < found.worst <= found.worst_limit
+
+
+def test_an_interpreter_that_fails_is_told_in_a_sentence(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "could not be interpreted: no message" in str(demo._interpret_in_child())
+
+
+def test_under_the_interpreter_the_demo_declines(monkeypatch, photo, tmp_path) -> None:
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 is set"):
+        small_demo(photo, tmp_path)

@@ -1,0 +1,212 @@
+"""The `vitfast` command. Each subcommand is a thin front of a public function.
+
+Exit statuses: 0 all is well, 1 the tolerance rule or the installation is broken, 2 it could not be done (the command
+line, a file, a missing package), 130 interrupted, 141 whoever read the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+EPILOGUE = """\
+exit status:
+  0  all is well
+  1  the tolerance rule is broken (demo, parity), or the installation (doctor)
+  2  it could not be done: command line, input file, missing package
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; subparsers inherit it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vitfast: error: {message} (see `{self.prog} --help`)\n")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _shared(seed_of: str, precision: str) -> _Parser:
+    from .precision import PRECISIONS
+
+    parent = _Parser(add_help=False)
+    parent.add_argument("--precision", choices=list(PRECISIONS), help=precision)
+    parent.add_argument(
+        "--weights", metavar="FILE", help="checkpoint (.safetensors, .pth, .pt, .bin); default seeded random weights"
+    )
+    parent.add_argument("--seed", type=int, default=0, help=f"of {seed_of} (default %(default)s)")
+    parent.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where torch sees one, else cpu)")
+    return parent
+
+
+def _parser() -> _Parser:
+    from . import __version__
+
+    common = _Parser(add_help=False)
+    # suppressed, so that a subparser's default does not undo what stood before the subcommand
+    common.add_argument(
+        "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+    )
+    parser = _Parser(
+        prog="vitfast",
+        description="Vision Transformers made fast by fused Triton kernels, and proof that they compute the same.",
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"vitfast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="put a photograph through the plain and the accelerated model, and write a page about it",
+        description="Put a photograph through a plain Vision Transformer and an accelerated copy: what was replaced, "
+        "the error against float64, images per second, an attention-rollout overlay, and one HTML page with all of it.",
+        parents=[
+            common,
+            _shared("the seeded weights", "weights and activations of both models (default fp32 on CPU, bf16 on cuda)"),
+        ],
+    )
+    demo.add_argument("--image", metavar="FILE", help="a photograph (default: the one that matplotlib carries)")
+    demo.add_argument("--model", default="vit_base_patch16_224", help="a model name (default %(default)s)")
+    demo.add_argument("--out", metavar="DIR", default="vitfast-demo", help="where files go (default ./%(default)s)")
+    demo.add_argument("--batch", type=_positive, help="images in a timed batch (default 2 on CPU, 64 on cuda)")
+    demo.add_argument(
+        "--seconds", type=_seconds, default=6.0, help="time for the throughput measurement (default %(default)g)"
+    )
+    demo.set_defaults(run=_demo)
+
+    parity = commands.add_parser(
+        "parity",
+        help="error of every replaced module and of the whole model against float64",
+        description="Error of every replaced module and of the whole accelerated model against float64, beside "
+        "torch's own error in the same precision. Exit status 1 when the tolerance rule is broken.",
+        parents=[common, _shared("the seeded weights and pixels", "what to test (default fp32)")],
+    )
+    parity.add_argument("model", metavar="MODEL", help="one of vitfast.list_models(), or a timm name (timm:NAME)")
+    parity.add_argument("--batch", type=_positive, default=2, help="number of images (default %(default)s)")
+    parity.add_argument("--img-size", type=_positive, metavar="N", help="image size (default: the model's own)")
+    parity.add_argument("--all", action="store_true", help="one line per module instead of one per kind")
+    parity.set_defaults(run=_parity)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, GPUs, how the kernels run here, and what to do about what is missing",
+        description="Versions, GPUs, how each kernel runs here, optional packages, and what to do about what is "
+        "missing. Exit status 1 when something is broken.",
+        parents=[common],
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    result = run_demo(
+        image=options.image,
+        model=options.model,
+        weights=options.weights,
+        out=options.out,
+        precision=options.precision,
+        batch=options.batch,
+        seconds=options.seconds,
+        seed=options.seed,
+        device=options.device,
+        log=_progress,
+    )
+    print(result)
+    return 0 if result.ok else 1
+
+
+def _parity(options: argparse.Namespace) -> int:
+    import torch
+
+    from .parity import build_model, parity, pick_device
+
+    device = pick_device(options.device)
+    model = build_model(options.model, options.weights, img_size=options.img_size, seed=options.seed).to(device)
+    stem: Any = next((module.patch_embed for module in model.modules() if hasattr(module, "patch_embed")), None)
+    if stem is None:
+        raise ValueError(f"{options.model} is no Vision Transformer with a patch embedding")
+    size = stem.img_size if isinstance(stem.img_size, tuple) else (options.img_size or 224,) * 2
+    generator = torch.Generator().manual_seed(options.seed)
+    pixels = torch.randn(options.batch, stem.proj.in_channels, *size, generator=generator).to(device)
+    source = f"weights of {options.weights}" if options.weights else f"seeded random weights (seed {options.seed})"
+    result = parity(model, pixels, options.precision or "fp32")
+    shape = "x".join(map(str, result.shape))
+    print(f"{options.model}, {source}, {result.precision} on {result.device}, random pixels {shape}")
+    print(result.table(each=options.all))
+    return 0 if result.ok else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    diagnosis = doctor()
+    print(diagnosis)
+    return 0 if diagnosis.ok else 1
+
+
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # what a wrong input raises speaks for itself; anything else needs its name
+    if not text or not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        The exit status, see the module's docstring.
+    """
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 2
+    try:
+        status: int = options.run(options)
+        # a reader that went away shows here, not at interpreter shutdown
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("vitfast: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if getattr(options, "traceback", False):
+            raise
+        print(f"vitfast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return status
