@@ -50,9 +50,17 @@ def table(op: str, device_name: str) -> dict[str, dict[str, int]]:
     path = _FOLDER / op / f"{device_name.replace(' ', '_')}.json"
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text())
-    if content.get("device") != device_name or not isinstance(content.get("configs"), dict):
-        raise ValueError(f"{path}: expected an object with 'device' = {device_name!r} and 'configs'")
+    expected = f"{path}: expected an object with 'device' = {device_name!r} and 'configs'"
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{expected}; {error}") from error
+    if (
+        not isinstance(content, dict)
+        or content.get("device") != device_name
+        or not isinstance(content.get("configs"), dict)
+    ):
+        raise ValueError(expected)
     return content["configs"]
 
 

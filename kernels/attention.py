@@ -37,6 +37,9 @@ MAX_HEAD_DIM = 256
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> Tensor:
     """`[B, N, H, d]` in torch's own calls. `tf32` chooses a kernel's arithmetic and has no meaning here."""
+    if bias is not None and bias.dim() < 2:
+        # torch's CPU kernel wants both dimensions of a mask
+        bias = bias.expand(q.shape[2], k.shape[2])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).contiguous()
 

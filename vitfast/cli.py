@@ -93,7 +93,7 @@ def _parser() -> _Parser:
     demo.add_argument("--out", metavar="DIR", default="vitfast-demo", help="where files go (default ./%(default)s)")
     demo.add_argument("--batch", type=_positive, help="images in a timed batch (default 2 on CPU, 64 on cuda)")
     demo.add_argument(
-        "--seconds", type=_seconds, default=6.0, help="time for the throughput measurement (default %(default)g)"
+        "--seconds", type=_seconds, default=8.0, help="time for the throughput measurement (default %(default)g)"
     )
     demo.set_defaults(run=_demo)
 

@@ -322,10 +322,15 @@ def build_model(
         FileNotFoundError: there is no such weights file.
         ImportError: timm is asked for and is not installed, or does not import.
     """
-    options = {} if img_size is None else {"img_size": img_size}
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     ours = name in list_models()
     model: nn.Module
-    if ours or not (name.startswith("timm:") or _timm_has(name)):
+    if ours and weights is None:
+        # every value is about to be replaced, and drawing the first ones takes longer than all the rest
+        with torch.device("meta"):
+            model = create_model(name, **options)
+        model.to_empty(device="cpu")
+    elif ours or not (name.startswith("timm:") or _timm_has(name)):
         # for an unknown name this raises, with the close ones
         model = create_model(name, weights, **options)
     else:

@@ -48,7 +48,9 @@ def test_gradcheck(case: Case, through_op: None) -> None:
     if case.name in ("masked", "masked-rows", "huge-scale"):
         pytest.skip("no finite differences across a mask or a choice")
     leaves = {name: arguments[name].detach().requires_grad_() for name in case.wrt}
-    if arguments.get("residual") is arguments.get("x"):
+    if any(arguments[name].numel() and 0 in arguments[name].stride() for name in case.wrt):
+        pytest.skip("finite differences need memory of their own for each element")
+    if "residual" in case.wrt and arguments["residual"] is arguments["x"]:
         leaves["residual"] = leaves["x"]
 
     def function(*values: Tensor) -> Any:
@@ -105,7 +107,10 @@ def test_meta(case: Case, dtype: torch.dtype) -> None:
     wanted = public(case)(**case.arguments(dtype, "cpu"))
     actual = public(case)(**case.arguments(dtype, "meta"))
     for a, w in zip(*(o if isinstance(o, tuple) else (o,) for o in (actual, wanted)), strict=True):
-        assert (a.device.type, a.shape, a.dtype, a.stride()) == ("meta", w.shape, w.dtype, w.stride())
+        assert (a.device.type, a.shape, a.dtype) == ("meta", w.shape, w.dtype)
+        # a dimension of one element has no stride to speak of
+        strides = [[s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (a, w)]
+        assert strides[0] == strides[1]
 
 
 @pytest.mark.parametrize("case", EACH_OP, ids=str)
@@ -126,9 +131,12 @@ BATCHED = {"x", "residual", "q", "k", "v", "qkv", "pixels"}
 def test_one_graph_for_every_batch(case: Case) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(public(case), backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(public(case), backend=counter, fullgraph=True)
     for batch in (2, 3, 7):
         arguments = case.arguments(torch.float32, "cpu", batch)
+        for name in BATCHED | ({"bias"} if case.op == "attention" else set()):
+            if name in arguments:
+                torch._dynamo.mark_dynamic(arguments[name], 0)
         actual, wanted = compiled(**arguments), public(case)(**arguments)
         torch.testing.assert_close(actual, wanted)
     assert counter.frame_count == 1

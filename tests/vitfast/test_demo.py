@@ -88,7 +88,7 @@ def test_the_result_is_what_the_functions_say(photo, tmp_path) -> None:
     assert "seed 4" in result.weights
     model = build_model("vit_test", seed=4)
     pixels, _ = preprocess(load_image(photo), 32)
-    assert result.parity == parity(model, torch.cat([pixels, pixels.flip(-1)]), "bf16")
+    assert result.parity == parity(model, pixels, "bf16")
     assert len(result.report.replaced) == len(result.parity.modules)
     assert result.report.precision == "bf16"
     assert result.plain.batch == result.fused.batch == 3
@@ -118,6 +118,8 @@ def test_the_page_is_whole_and_has_the_numbers(photo, tmp_path) -> None:
         mantissa = f"{value / 10 ** math.floor(math.log10(value)):.2f}"
         assert mantissa in page.text
     assert f"{out.cosine:.8f}" in page.text
+    assert result.top is not None
+    assert f"same top-1 yes class {result.top[0][0]}," in page.text
     assert f"{result.plain.rate():.4g} img/s" in page.text
     assert f"{result.fused.rate():.4g} img/s" in page.text
     assert f"{result.ratio():.2f}" in page.text
@@ -297,6 +299,14 @@ def test_throughput_is_taken_in_turns_after_a_warm_up() -> None:
     assert "".join(calls) == "pf" + "pf" + "fp" + "pf"
     assert (plain.batch, len(plain.seconds), len(fused.seconds), len(ratios)) == (5, 3, 3, 3)
     assert ratios == tuple(p / f for p, f in zip(plain.seconds, fused.seconds, strict=True))
+
+
+def test_few_rounds_are_said_to_be_rough(photo, tmp_path) -> None:
+    result = small_demo(photo, tmp_path, seconds=1e-9)
+    said = "Only 3 rounds fit into the time"
+    assert said in str(result)
+    assert said in Page(result.files["page"].read_text(encoding="utf-8")).text
+    assert demo._how_rough(5) == ""
 
 
 def test_rates_are_quantiles_of_images_per_second() -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import vitfast
-from tests.vitfast._models import BUILDERS, assert_same, images, randomise
+from tests.vitfast._models import BUILDERS, assert_same, images, randomise, run
 from vitfast.layers import FusedAttention, FusedBlock, FusedLayer, FusedMlp, hooked
 
 MODULES = [
@@ -119,6 +119,25 @@ def test_a_hook_sees_what_the_plain_models_sees(build, name, option, when):
     logits(fused, x)
     assert not seen[name]
     assert not hooked(fused.get_submodule(name))
+
+
+@pytest.mark.parametrize("kind", ["full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("name", ["attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc1", "mlp.act", "ls1", "ls2", "norm2"])
+def test_a_backward_hook_alone_takes_effect(build, name, kind):
+    # no forward hook beside it that would have the module called anyway
+    results = []
+    for model in pair(build, init_values=0.3):
+        module = model.blocks[0].get_submodule(name)
+        if kind == "full_backward":
+            module.register_full_backward_hook(lambda m, gin, gout: tuple(g if g is None else 3.0 * g for g in gin))
+        else:
+            module.register_full_backward_pre_hook(lambda m, gout: tuple(3.0 * g for g in gout))
+        results.append(run(model, lambda m, x: m(x), images(2, 3, 24, 32)))
+    untouched = run(build(init_values=0.3), lambda m, x: m(x), images(2, 3, 24, 32))
+    name = "gradient of the pixels"
+    assert not torch.allclose(results[0][name], untouched[name], atol=1e-3)
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn", "blocks.0.mlp.fc1", "blocks.1.ls2", "patch_embed.proj"])

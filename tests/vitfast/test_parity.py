@@ -210,6 +210,11 @@ def test_build_model_reads_weights(tmp_path) -> None:
     assert not built.training
     with torch.inference_mode():
         assert torch.equal(built(pixels), model(pixels))
+    # the seeded ones are those of a model made the plain way
+    expected = seed_weights(vitfast.create_model("vit_test"), seed=6).state_dict()
+    for name, tensor in build_model("vit_test", seed=6).state_dict().items():
+        assert torch.equal(tensor, expected.pop(name)), name
+    assert not expected
     assert build_model("vit_test", img_size=64).patch_embed.grid_size == (8, 8)
 
 
