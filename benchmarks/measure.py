@@ -1,6 +1,7 @@
 """The clock: interleaved candidates, rotated inputs, medians, and ceilings measured in the same run.
 
-Everything here is about time and the machine; nothing knows what it measures. A candidate is a function of an index, the
+Everything here is about time and the machine; nothing knows what it measures. A candidate is a function of an index,
+the
 number of the call: it picks its inputs by it, so that no call finds the last one's inputs in cache.
 """
 

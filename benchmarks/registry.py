@@ -43,7 +43,8 @@ BATCHES = (1, 8, 32, 128, 256)
 BATCHED = ("pixels", "x", "residual", "qkv")
 """Inputs whose first dimension is the batch."""
 
-KERNELS = ("patch_embed", "layer_norm", "add_layer_norm", "attention", "linear.qkv", "linear.proj", "linear.fc1", "linear.fc2")
+KERNELS = ("patch_embed", "layer_norm", "add_layer_norm", "attention", "linear.qkv", "linear.proj", "linear.fc1",
+"linear.fc2")
 
 
 @dataclass(frozen=True)

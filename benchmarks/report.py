@@ -71,7 +71,8 @@ class Table:
             f"{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>"
             for position, row in enumerate(self.rows)
         )
-        return f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+        return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _md(text: str) -> str:
@@ -416,7 +417,8 @@ def _floats(texts: Iterable[str | None]) -> list[float]:
 METHOD = (
     "Candidates of one workload are timed in turns, in a fresh random order each round, on inputs that rotate past the "
     "last-level cache, after a warm-up; a number is the median over rounds, with the 20th and 80th percentile. Who "
-    "fails the parity rule (error against float64 at most twice that of plain PyTorch in the same precision) is not timed. "
+    "fails the parity rule (error against float64 at most twice that of plain PyTorch in the same precision) is not "
+    "timed. "
     "The floor is max(FLOPs / GEMM rate, bytes / copy bandwidth) and MFU is FLOP/s over GEMM rate, both by ceilings "
     "measured in the same run. A compiled peer is whoever is neither vitfast nor eager. Peak memory is what one call "
     "holds beyond weights and inputs."
@@ -876,7 +878,10 @@ def html(run: Run) -> str:
     ]
     if throughput:
         charts = "".join(_figure(svg, name) for name, svg in throughput)
-        text = "<p>Median with p20 to p80, both axes logarithmic. Of vitfast's rungs those that are its fastest somewhere.</p>"
+        text = (
+            "<p>Median with p20 to p80, both axes logarithmic."
+            " Of vitfast's rungs those that are its fastest somewhere.</p>"
+        )
         grid = f'<div class="{"grid" if len(throughput) > 1 else "wide"}">{charts}</div>'
         sections.append(_section("throughput", "Throughput by batch", text, grid))
     if lead is not None:

@@ -145,7 +145,9 @@ def load(path: Path) -> Run:
         ceilings = None if content["ceilings"] is None else Ceilings(**content["ceilings"])
         return Run(content["environment"], ceilings, rows)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged results file ({error}); a row's fields are {', '.join(sorted(known))}") from error
+        raise ValueError(
+            f"{path}: damaged results file ({error}); a row's fields are {', '.join(sorted(known))}"
+        ) from error
 
 
 def same_run(a: dict[str, Any], b: dict[str, Any]) -> bool:

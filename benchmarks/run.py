@@ -184,7 +184,7 @@ def run_workload(
                     ready[peer.name] = call
             except torch.OutOfMemoryError as error:
                 fail(peer, "out of memory", str(error).splitlines()[0])
-            except Exception as error:  # noqa: BLE001 (a peer's failure of whatever kind is its row, not the run's end)
+            except Exception as error:
                 fail(peer, "error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -68,8 +68,7 @@ def kernel_op(
                 return referred(*args)
             return op(*args)
 
-        call.op = op
-        call.launch = launched
+        vars(call).update(op=op, launch=launched)
         return call
 
     return register

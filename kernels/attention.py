@@ -296,7 +296,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
     if out.numel() == 0:
         return out
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    bias_strides = (0, 0, 0, 0)
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         bias = bias.expand(b, h, n, s)
         bias_strides = bias.stride()
@@ -346,9 +346,9 @@ def _attention_backward(ctx: Any, grad) -> tuple[Any, ...]:
     *qkv, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
     pairs = zip((*qkv, bias), needs, strict=True)
-    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
     with torch.enable_grad():
-        out = attention_ref(*leaves, ctx.scale, False)
+        out = attention_ref(leaves[0], leaves[1], leaves[2], leaves[3], ctx.scale, False)
     grads = iter(torch.autograd.grad(out, [leaf for leaf, need in zip(leaves, needs, strict=True) if need], grad))
     return *(next(grads) if need else None for need in needs), None, None
 

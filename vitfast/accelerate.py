@@ -193,7 +193,7 @@ def accelerate(
         model.compile()
         state.compiled = True
     if state.precision or state.compiled:
-        vars(model)[_STATE] = state
+        model.__dict__[_STATE] = state
     return model
 
 
@@ -217,9 +217,9 @@ def restore(model: Model) -> Model:
         # a class made around the fused one (FSDP's, a parametrisation's) is its maker's to undo
         replaces = vars(type(module)).get("replaces")
         if isinstance(module, FusedLayer) and replaces is not None:
-            vars(module).pop("tf32", None)
+            module.__dict__.pop("tf32", None)
             module.__class__ = replaces
-    state: _State | None = vars(model).pop(_STATE, None)
+    state: _State | None = model.__dict__.pop(_STATE, None)
     if state is not None:
         if state.precision is not None:
             _uncast(model, state.precision.dtype, state.originals)

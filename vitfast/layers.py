@@ -47,7 +47,7 @@ def symbolic(x: Tensor) -> bool:
     return isinstance(x, Proxy)
 
 
-def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module is of this very class and calling it does nothing beyond the class's `forward`."""
     # exactly this class: LoRA, quantised and parametrised layers are others, with a forward of their own
     return type(module) is kind and not hooked(module)
@@ -68,7 +68,7 @@ def _why_called(name: str, module: nn.Module, kind: type[nn.Module]) -> list[str
     return [f"{name} {why}: called as a module"]
 
 
-def _linear(module: nn.Module, x: Tensor, residual: Tensor | None, scale: Tensor | None, tf32: bool) -> Tensor:
+def _linear(module: Any, x: Tensor, residual: Tensor | None, scale: Tensor | None, tf32: bool) -> Tensor:
     """`residual + scale * module(x)`, in one kernel where the module is a plain `nn.Linear`."""
     if plain(module, nn.Linear):
         return kernels.linear(x, module.weight, module.bias, residual=residual, scale=scale, tf32=tf32)
@@ -263,7 +263,7 @@ class FusedBlock(FusedLayer):
         """Call the attention as the original block does."""
         return self.attn(x)
 
-    def _scale(self, module: nn.Module) -> tuple[bool, Tensor | None]:
+    def _scale(self, module: Any) -> tuple[bool, Tensor | None]:
         """`(known, gamma)` of a LayerScale or the identity in its place."""
         if plain(module, self.layer_scale):
             return True, module.gamma

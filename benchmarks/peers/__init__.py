@@ -1,8 +1,8 @@
 """Who is measured: one file per implementation, each with a tuple `PEERS`.
 
 A peer says which ops it offers, why it cannot run here (a library that is not installed, a device without the feature)
-and how to build its function for a workload. It imports its library inside those functions, so a missing one is a row in
-the results and never a crash.
+and how to build its function for a workload. It imports its library inside those functions, so a missing one is a row
+in the results and never a crash.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def unusable(module: str, extra: str | None = None) -> str | None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed" + (f' (pip install "vitfast[{extra}]")' if extra else "")
-    except Exception as error:  # noqa: BLE001 (a library that breaks on import is missing, whatever it raises)
+    except Exception as error:
         return f"{module} does not import: {str(error).splitlines()[0]}"
     return None
 

@@ -25,7 +25,8 @@ def convert(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """timm's parameter names as Transformers', in the module layout that `names` shows (4.x or 5.x)."""
     modern = any(".attention.q_proj." in name for name in names)
     layer = "vit.layers." if modern else "vit.encoder.layer."
-    projections = ("q_proj", "k_proj", "v_proj") if modern else tuple(f"attention.{n}" for n in ("query", "key", "value"))
+    old_projections = ("attention.query", "attention.key", "attention.value")
+    projections = ("q_proj", "k_proj", "v_proj") if modern else old_projections
     rename = {
         "norm1.": "layernorm_before.",
         "norm2.": "layernorm_after.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class FusedReferenceVisionTransformer(layers.FusedLayer, model.VisionTransformer
         )
 
 
-def _decline_attention(module: nn.Module) -> str | None:
+def _decline_attention(module: Any) -> str | None:
     if module.head_dim > kernels.MAX_HEAD_DIM:
         return f"head dim {module.head_dim}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
     return None

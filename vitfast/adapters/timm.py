@@ -162,13 +162,13 @@ class FusedTimmVisionTransformerDistilled(_FusedEmbedding, deit.VisionTransforme
         return [self.cls_token[0], self.dist_token[0]]
 
 
-def _decline_norm(module: nn.Module) -> str | None:
+def _decline_norm(module: Any) -> str | None:
     if module._fast_norm:
         return "timm's fast norm is on: it keeps autocast's dtype, the kernel torch's"
     return decline_layer_norm(module)
 
 
-def _decline_patch_embed(module: nn.Module) -> str | None:
+def _decline_patch_embed(module: Any) -> str | None:
     if module.dynamic_img_pad:
         return "pads images (dynamic_img_pad)"
     if not module.flatten and module.output_fmt is not timm.layers.Format.NHWC:
@@ -176,7 +176,7 @@ def _decline_patch_embed(module: nn.Module) -> str | None:
     return None
 
 
-def _decline_attention(module: nn.Module) -> str | None:
+def _decline_attention(module: Any) -> str | None:
     if module.gate is not None:
         return "gated attention"
     if module.head_dim > kernels.MAX_HEAD_DIM:
@@ -184,7 +184,7 @@ def _decline_attention(module: nn.Module) -> str | None:
     return None
 
 
-def _decline_mlp(module: nn.Module) -> str | None:
+def _decline_mlp(module: Any) -> str | None:
     if not isinstance(module.fc1, nn.Linear):
         return f"fc1 is a {type(module.fc1).__name__}; the kernel replaces nn.Linear"
     if FusedTimmMlp.activation(module.act) is None:

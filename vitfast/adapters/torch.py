@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ class FusedLayerNorm(layers.FusedLayerNorm, nn.LayerNorm):
     replaces = nn.LayerNorm
 
 
-def decline_layer_norm(module: nn.Module) -> str | None:
+def decline_layer_norm(module: Any) -> str | None:
     """Why a LayerNorm must stay: the kernel normalises one dimension, of bounded width."""
     shape = module.normalized_shape
     if len(shape) != 1:
