@@ -2,8 +2,10 @@
 
 from .accelerate import Report, accelerate, report, restore
 from .architectures import create_model, list_models
+from .attention_maps import attention_maps, overlay, rollout
+from .doctor import doctor
 from .model import VisionTransformer
-from .parity import compare
+from .parity import compare, parity
 from .weights import load_weights
 
 __version__ = "0.1.0.dev0"
@@ -12,10 +14,15 @@ __all__ = [
     "Report",
     "VisionTransformer",
     "accelerate",
+    "attention_maps",
     "compare",
     "create_model",
+    "doctor",
     "list_models",
     "load_weights",
+    "overlay",
+    "parity",
     "report",
     "restore",
+    "rollout",
 ]
