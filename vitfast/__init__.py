@@ -3,7 +3,6 @@
 from .accelerate import Report, accelerate, report, restore
 from .architectures import create_model, list_models
 from .attention_maps import attention_maps, overlay, rollout
-from .doctor import doctor
 from .model import VisionTransformer
 from .parity import compare, parity
 from .weights import load_weights
@@ -17,7 +16,6 @@ __all__ = [
     "attention_maps",
     "compare",
     "create_model",
-    "doctor",
     "list_models",
     "load_weights",
     "overlay",
