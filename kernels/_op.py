@@ -84,7 +84,8 @@ def autocast(x: Tensor, *tensors: Tensor | None, to: torch.dtype | None = None) 
     """
     kind = x.device.type
     # asking about a device type that has no autocast (meta) is an error in torch
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    available = kind == "cpu" or kind == "cuda" or torch.amp.is_autocast_available(kind)
+    if not available or not torch.is_autocast_enabled(kind):
         return (x, *tensors)
     dtype = to or torch.get_autocast_dtype(kind)
     return tuple(
@@ -123,12 +124,14 @@ def check_shape(op: str, name: str, tensor: Tensor | None, *shape: int) -> None:
 
 def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
     """Raise `TypeError` unless all tensors have the first one's dtype."""
-    (first, reference), *rest = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, tensor in rest:
-        if tensor.dtype != reference.dtype:
-            raise TypeError(
-                f"{op}: '{name}' has dtype {tensor.dtype}, but '{first}' has {reference.dtype}; expected one dtype"
-            )
+    dtype = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if dtype is None:
+            dtype, first = tensor.dtype, name
+        elif tensor.dtype != dtype:
+            raise TypeError(f"{op}: '{name}' has dtype {tensor.dtype}, but '{first}' has {dtype}; expected one dtype")
 
 
 def dot_precision(dtype: torch.dtype, tf32: bool) -> str:

@@ -238,7 +238,7 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
             return Config(16, 16, num_warps=8 if width > 160 else 4, num_stages=1)
         if width > 64:
             # smaller where all keys fit one tile: without a loop both products' operands are in registers at once
-            return Config(32 if keys > 32 else 16, 32 if keys > 32 else 16, num_warps=4, num_stages=2)
+            return Config(32 if keys > 16 else 16, 32 if keys > 32 else 16, num_warps=4, num_stages=2)
         return Config(32, min(32, keys), num_warps=4, num_stages=1)
     if width > 128:
         # 128 + 64 holds the fragments of two wide tiles at once
@@ -256,7 +256,8 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
         return Config(block_m, keys, num_warps=warps, num_stages=1)
     if width > 96 and not wgmma and arch != 80:
         return Config(64, 32, num_warps=4, num_stages=2)
-    return Config(128, 64 if width <= 64 or wgmma else 32, num_warps=8, num_stages=3 if wgmma or arch == 80 else 2)
+    block_s = 64 if wgmma or (width <= 64 and not biased) else 32
+    return Config(128, block_s, num_warps=8, num_stages=3 if wgmma or arch == 80 else 2)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> None:

@@ -423,7 +423,7 @@ ATTENTION = [
     _attention("bias-one", 2, 31, 16, bias=(1,)),
     _masked("masked", 37, 16, whole_rows=False),
     _masked("masked-rows", 37, 16, whole_rows=True),
-    _attention("ViT-B-bias", 12, 197, 64, bias=(12, 197, 197), real=True, interpret=False),
+    _attention("ViT-B-bias", 12, 197, 64, bias=(12, 197, 197), real=True, interpret=False, core=True),
     _attention("cross", 16, 1, 64, 257, real=True),
     _attention("pooling-d72", 16, 1, 72, 729, real=True, interpret=False),
 ]
