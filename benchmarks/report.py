@@ -86,13 +86,17 @@ def contest(row: Row) -> Contest:
 
 
 def contests(run: Run, layers: Iterable[str]) -> dict[Contest, list[Row]]:
-    """Rows by contest: the layers in the given order, batches ascending, peers before vitfast's rungs."""
+    """Rows by contest: the layers in the given order, models and precisions together with the headline's first, batches
+    ascending, peers before vitfast's rungs."""
     order = list(layers)
+    names = {row.workload: i for i, row in enumerate(reversed(run.rows))}
     rows = sorted(
         (row for row in run.rows if row.layer in order),
         key=lambda row: (
             order.index(row.layer),
             row.workload != HEADLINE,
+            -names[row.workload],
+            row.dtype,
             row.shape.get("batch", 0),
             is_ours(row.candidate),
             not row.candidate.startswith("torch "),

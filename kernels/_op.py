@@ -64,8 +64,9 @@ def kernel_op(
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            if args[0].device.type == "cpu" and not INTERPRET and not torch.compiler.is_compiling():
-                return referred(*args)
+            if not INTERPRET and args[0].is_cpu and not torch.compiler.is_compiling():
+                check(*args)
+                return reference(*args)
             return op(*args)
 
         vars(call).update(op=op, launch=launched)

@@ -24,13 +24,15 @@ KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block")
 
 def hooked(module: nn.Module) -> bool:
     """Whether computing what the module does without calling it would skip a hook or a `forward` of its own."""
+    # read from the instance's dictionary, a dozen times a block: `module.x` would look through the class first
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         # attention-map tools and offloading put a function in the instance
-        or "forward" in module.__dict__
+        or "forward" in own
         or _has_any_global_hook()
     )
 
