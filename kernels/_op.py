@@ -102,7 +102,7 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
         ValueError: two tensors are on different devices.
         TypeError: a dtype is not float16, bfloat16 or float32 (float64 too on CPU).
     """
-    device = None
+    device = dtype = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -110,16 +110,18 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             device, first = tensor.device, name
         elif tensor.device != device:
             raise ValueError(f"{op}: '{name}' is on {tensor.device}, but '{first}' is on {device}; expected one device")
-        if tensor.dtype not in KERNEL_DTYPES and (tensor.dtype != torch.float64 or tensor.is_cuda or INTERPRET):
+        if tensor.dtype is dtype:
+            continue
+        dtype = tensor.dtype
+        if dtype not in KERNEL_DTYPES and (dtype != torch.float64 or tensor.is_cuda or INTERPRET):
             raise TypeError(
-                f"{op}: '{name}' has dtype {tensor.dtype}; expected float16, bfloat16 or float32"
-                " (float64 on CPU only)"
+                f"{op}: '{name}' has dtype {dtype}; expected float16, bfloat16 or float32 (float64 on CPU only)"
             )
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, *shape: int) -> None:
     """Raise `ValueError` unless `tensor` is None or has exactly `shape`."""
-    if tensor is not None and tuple(tensor.shape) != shape:
+    if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{op}: '{name}' has shape {list(tensor.shape)}; expected {list(shape)}")
 
 

@@ -34,8 +34,9 @@ def layer_norm_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, rstd)` in torch's own calls; the statistics are at least fp32."""
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    return y.contiguous(), mean.to(statistics), rstd.to(statistics)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        mean, rstd = mean.float(), rstd.float()
+    return y.contiguous(), mean, rstd
 
 
 def add_layer_norm_ref(
@@ -168,10 +169,11 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, **more: Tensor | None) -> None:
     check_tensors(op, x=x, weight=weight, bias=bias, **more)
-    if x.dim() < 1 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"{op}: 'x' has shape {list(x.shape)}; expected [..., D] with 1 <= D <= {MAX_WIDTH}")
-    check_shape(op, "weight", weight, x.shape[-1])
-    check_shape(op, "bias", bias, x.shape[-1])
+    shape = x.shape
+    if not shape or not 1 <= shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{op}: 'x' has shape {list(shape)}; expected [..., D] with 1 <= D <= {MAX_WIDTH}")
+    check_shape(op, "weight", weight, shape[-1])
+    check_shape(op, "bias", bias, shape[-1])
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"{op}: 'weight' is {weight.dtype}, 'bias' is {bias.dtype}; expected one dtype")
 

@@ -256,13 +256,15 @@ def _check_linear(
     check_same_dtype("linear", x=x, weight=weight, bias=bias)
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    shape, weight_shape = x.shape, weight.shape
+    if not shape or len(weight_shape) != 2 or shape[-1] != weight_shape[1]:
         raise ValueError(
-            f"linear: 'x' has shape {list(x.shape)} and 'weight' {list(weight.shape)}; expected [..., K] and [N, K]"
+            f"linear: 'x' has shape {list(shape)} and 'weight' {list(weight_shape)}; expected [..., K] and [N, K]"
         )
-    check_shape("linear", "bias", bias, weight.shape[0])
-    check_shape("linear", "scale", scale, weight.shape[0])
-    check_shape("linear", "residual", residual, *x.shape[:-1], weight.shape[0])
+    check_shape("linear", "bias", bias, weight_shape[0])
+    check_shape("linear", "scale", scale, weight_shape[0])
+    if residual is not None:
+        check_shape("linear", "residual", residual, *shape[:-1], weight_shape[0])
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -273,23 +273,23 @@ class FusedBlock(FusedLayer):
 
     def fused(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
-        hidden = self.norm1(x)
+        # nothing is named that is not needed again: a name keeps its tensor's memory from the next kernel
         known, gamma = self._scale(self.ls1)
         known = known and _inactive(self.drop_path1, self.drop_path, "drop_prob")
+        normed = None
         if known and self._takes_residual(self.attn):
-            x = self.attn.fused(hidden, x, gamma)
-            hidden = self.norm2(x)
+            x = self.attn.fused(self.norm1(x), x, gamma)
         elif known and isinstance(self.norm2, FusedLayerNorm) and not hooked(self.norm2):
             norm = self.norm2
-            x, hidden = kernels.add_layer_norm(self.attend(hidden), x, norm.weight, norm.bias, norm.eps, gamma)
+            branch = self.attend(self.norm1(x))
+            x, normed = kernels.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, gamma)
         else:
-            x = x + self.drop_path1(self.ls1(self.attend(hidden)))
-            hidden = self.norm2(x)
+            x = x + self.drop_path1(self.ls1(self.attend(self.norm1(x))))
 
         known, gamma = self._scale(self.ls2)
         if known and _inactive(self.drop_path2, self.drop_path, "drop_prob") and self._takes_residual(self.mlp):
-            return self.mlp.fused(hidden, x, gamma)
-        return x + self.drop_path2(self.ls2(self.mlp(hidden)))
+            return self.mlp.fused(self.norm2(x) if normed is None else normed, x, gamma)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x) if normed is None else normed)))
 
     @staticmethod
     def _takes_residual(branch: nn.Module) -> bool:
