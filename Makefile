@@ -60,13 +60,13 @@ test: $(STAMP)  ## run every test lane this machine can run
 	$(if $(CUDA),@echo "==> lane: gpu")
 	$(if $(CUDA),$(BIN)/python -m pytest -n 0 -m gpu tests)
 
-# mypy sees vitfast/ and kernels/ as the one package they become when installed
+# mypy sees vitfast/, kernels/ and benchmarks/ as the one package they become when installed
 TYPECHECK := build/typecheck
 .PHONY: lint
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/vitfast
-	@ln -s $(CURDIR)/vitfast/* $(CURDIR)/kernels $(TYPECHECK)/vitfast/
+	@ln -s $(CURDIR)/vitfast/* $(CURDIR)/kernels $(CURDIR)/benchmarks $(TYPECHECK)/vitfast/
 	cd $(TYPECHECK) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 .PHONY: clean

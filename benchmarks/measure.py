@@ -111,7 +111,8 @@ def time_interleaved(
     calls: dict[str, int] = {}
     counter = 0
     for name, candidate in candidates.items():
-        begin, warm = time.perf_counter(), []
+        warm: list[float] = []
+        begin = time.perf_counter()
         while len(warm) < 2 or time.perf_counter() - begin < share_s / 10:
             warm.append(sample_ms(candidate, counter, 1, device))
             counter += 1
@@ -182,11 +183,15 @@ def measure_ceilings(device: torch.device, dtypes: Mapping[str, torch.dtype], *,
         before = switch.allow_tf32
         switch.allow_tf32 = name == "tf32"
         try:
-            gemm = time_interleaved({"gemm": lambda i, a=a, b=b: torch.mm(a, b)}, device, budget_s=1.0, min_samples=3)
+            gemm = time_interleaved({"gemm": _gemm(a, b)}, device, budget_s=1.0, min_samples=3)
         finally:
             switch.allow_tf32 = before
         rates[name] = 2 * edge**3 / (gemm["gemm"].median * 1e9)
     return Ceilings(2 * source.nbytes / (copy.median * 1e6), rates)
+
+
+def _gemm(a: torch.Tensor, b: torch.Tensor) -> Candidate:
+    return lambda i: torch.mm(a, b)
 
 
 def versions() -> dict[str, str | None]:

@@ -28,6 +28,7 @@ svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue
 svg text { fill: var(--ink); font-size: 13px; } svg .axis { fill: var(--soft); font-size: 12px; }
 svg .name { fill: currentColor; font-size: 12px; } svg .ours { font-weight: 650; }
 svg .inside { font-size: 11px; font-weight: 650; fill: var(--card); }
+svg .over { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .edge { stroke: var(--soft); stroke-width: 1; }
 svg .hollow { fill: var(--card); stroke: currentColor; stroke-width: 1.8; }
 """
@@ -127,11 +128,21 @@ def _line(x1: float, y1: float, x2: float, y2: float, css: str, extra: str = "")
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of each decade, thinned to powers of ten where the range is wide."""
+    """Round numbers, as few to a decade as give three at least: powers of ten; 1, 2, 5; or finer."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps: tuple[int, ...] = (1, 2, 5) if math.log10(high / low) < 2.6 else (1,)
-    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+    found: list[float] = []
+    for steps in (
+        (1.0,),
+        (1.0, 2.0, 5.0),
+        (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+        tuple(i / 10 for i in range(10, 100)),
+    ):
+        ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        found = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+        if len(found) >= 3:
+            break
+    # the finest steps are many where the range is not narrow after all
+    return found[:: math.ceil(len(found) / 8)]
 
 
 def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -171,8 +182,8 @@ def line_chart(series: Sequence[Series], *, label: str, x_label: str, y_label: s
     xs = sorted({x for s in series for x, *_ in s.points})
     values = [value for s in series for _, *ys in s.points for value in ys]
     low, high = min(values) / 1.15, max(values) * 1.15
-    names = max(len(s.name) for s in series) * 6.6 + 20
-    left, top, width, height = 62.0, 26.0, 640.0 - 62 - names, max(250.0, 16.0 * len(series))
+    names = max(len(s.name) for s in series) * 7.2 + 18
+    left, top, width, height = 58.0, 26.0, 590.0 - 58 - names, max(240.0, 16.0 * len(series))
     right, bottom = left + width, top + height
 
     def at_x(x: float) -> float:
@@ -224,7 +235,7 @@ def line_chart(series: Sequence[Series], *, label: str, x_label: str, y_label: s
             )
         )
         parts.append(_text(right + 8, ends[i] + 4, s.name, f"{css} name" + (" ours" if colour == 0 else "")))
-    return _svg(640, bottom + 46, label, parts)
+    return _svg(590, bottom + 46, label, parts)
 
 
 def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[float, str] | None = None) -> str:
@@ -252,7 +263,7 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
         css = f"k{colour}"
         parts.append(_text(left - 10, y + 14, bar.name, "ours" if colour == 0 else "", "end"))
         if bar.value is None:
-            parts.append(_text(left, y + 14, bar.text, "axis"))
+            parts.append(_text(left + 8, y + 14, bar.text, "axis"))
             y += step
             continue
         length = max(1.0, width * bar.value / most)
@@ -270,11 +281,12 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
                 _line(x, middle - 5, x, middle + 5, "", ' stroke="var(--ink)" stroke-width="1.4"')
                 for x in (first, last)
             ]
-        parts.append(_text(left + end + 8, y + 15, bar.text, "ours" if colour == 0 else ""))
+        parts.append(_text(left + end + 8, y + 15, bar.text, "over ours" if colour == 0 else "over"))
         y += step
     if limit:
         x = left + width * limit[0] / most
-        parts.append(_line(x, 18, x, y + 2, "edge", ' stroke-dasharray="4 3"'))
+        # beneath the bars' texts
+        parts.insert(0, _line(x, 18, x, y + 2, "edge", ' stroke-dasharray="4 3"'))
         parts.append(_text(x, y + 16, limit[1], "axis", "middle"))
         y += 16
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitfast import create_model
@@ -26,7 +26,7 @@ from vitfast.kernels import (
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {},
     "vit_small_patch16_224": {},
     "vit_base_patch16_224": {},
@@ -83,7 +83,7 @@ class Workload:
 
 
 @functools.cache
-def reference_model(name: str) -> nn.Module:
+def reference_model(name: str) -> Any:
     """The plain model with seeded random parameters, all of them non-trivial; in eval mode, fp32, on CPU."""
     generator = torch.Generator().manual_seed(0)
     model = create_model(name, **MODELS.get(name, {})).eval()
@@ -221,17 +221,25 @@ def _kernel_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
             {"m": rows, "n": out_features, "k": in_features},
             2.0 * rows * out_features * in_features,
             rows * in_features + out_features * in_features + (2 if residual else 1) * rows * out_features,
-            lambda draw, o=out_features, i=in_features, a=activation, r=residual: {
-                "x": draw(batch, n, i),
-                "weight": draw(o, i, scale=i**-0.5),
-                "bias": draw(o),
-                "activation": a,
-                "residual": draw(batch, n, o) if r else None,
-            },
+            functools.partial(
+                _linear_inputs, (batch, n), out_features, in_features, activation, residual
+            ),
             lambda x, weight, bias, activation, residual: linear_ref(
                 x, weight, bias, activation, residual, None, False
             ),
         )
+
+
+def _linear_inputs(
+    leading: tuple[int, int], n: int, k: int, activation: str, residual: bool, draw: Callable[..., Tensor]
+) -> dict[str, Any]:
+    return {
+        "x": draw(*leading, k),
+        "weight": draw(n, k, scale=k**-0.5),
+        "bias": draw(n),
+        "activation": activation,
+        "residual": draw(*leading, n) if residual else None,
+    }
 
 
 def _attention_qkv_ref(qkv: Tensor, heads: int) -> Tensor:

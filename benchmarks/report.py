@@ -136,7 +136,7 @@ def _sizes(model: str) -> tuple[float | None, float | None]:
 
     try:
         with torch.device("meta"):
-            net = create_model(model, **MODELS.get(model, {}))
+            net: Any = create_model(model, **MODELS.get(model, {}))
     except ValueError:
         return None, None
     patches, tokens = net.patch_embed.num_patches, net.num_prefix_tokens + net.patch_embed.num_patches
@@ -277,7 +277,7 @@ def _summary(run: Run, layer: str) -> Table | None:
             ]
         )
     head = ["model", "dtype", "batch", "best of vitfast", "img/s", "ms", "best compiled peer", "img/s"]
-    head += ["× compiled peer", "× torch eager", "of the floor", "MFU"]
+    head += ["× peer", "× eager", "of the floor", "MFU"]
     return _drop_empty(Table(head, lines, frozenset({2, 4, 5, 7, 8, 9, 10, 11}))) if lines else None
 
 
@@ -308,7 +308,7 @@ def _image_table(run: Run, groups: Iterable[list[Row]]) -> Table:
                     _error(row),
                 ]
             )
-    head = ["batch", "candidate", "img/s", "p20 to p80", "ms", "× compiled peer", "× torch eager", "of the floor"]
+    head = ["batch", "candidate", "img/s", "p20 to p80", "ms", "× peer", "× eager", "of the floor"]
     head += ["MFU", "peak MB", "first call", "error / limit"]
     return _drop_empty(Table(head, lines, frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}), frozenset(bold)))
 
@@ -338,7 +338,7 @@ def _kernel_table(run: Run, groups: Iterable[list[Row]]) -> Table:
                     _error(row),
                 ]
             )
-    head = ["kernel", "batch", "candidate", "ms", "p20 to p80", "× best peer", "GB/s", "TFLOP/s", "of the floor"]
+    head = ["kernel", "batch", "candidate", "ms", "p20 to p80", "× peer", "GB/s", "TFLOP/s", "of the floor"]
     head += ["peak MB", "first call", "error / limit"]
     return _drop_empty(Table(head, lines, frozenset({1, *range(3, 12)}), frozenset(bold)))
 
@@ -364,7 +364,8 @@ def _failures(run: Run) -> Table | None:
 
 
 def _targets(run: Run) -> Table | None:
-    lines, bold = [], set()
+    lines: list[Any] = []
+    bold = set()
     for standing in standings(run):
         target = standing.target
         sign = "at most" if target.kind == "ms" else "at least"
@@ -422,10 +423,10 @@ METHOD = (
     "Candidates of one workload are timed in turns, in a fresh random order each round, on inputs that rotate past the "
     "last-level cache, after a warm-up; a number is the median over rounds, with the 20th and 80th percentile. Who "
     "fails the parity rule (error against float64 at most twice that of plain PyTorch in the same precision) is not "
-    "timed. "
-    "The floor is max(FLOPs / GEMM rate, bytes / copy bandwidth) and MFU is FLOP/s over GEMM rate, both by ceilings "
-    "measured in the same run. A compiled peer is whoever is neither vitfast nor eager. Peak memory is what one call "
-    "holds beyond weights and inputs."
+    "timed. The floor is max(FLOPs / GEMM rate, bytes / copy bandwidth) and MFU is FLOP/s over GEMM rate, both by "
+    "ceilings measured in the same run. × peer is speed over the fastest compiled peer (whoever is neither vitfast nor "
+    "eager; for kernels the fastest peer of all), × eager is speed over torch eager. Peak memory is what one call holds "
+    "beyond weights and inputs."
 )
 """How to read the numbers; stands on every report."""
 
@@ -557,7 +558,7 @@ def _ladder(rows: Sequence[Row]) -> str:
             continue
         rate = row.shape.get("batch", 1) * 1e3 / row.ms
         ends = [row.shape.get("batch", 1) * 1e3 / ms for ms in (row.ms_p80 or row.ms, row.ms_p20 or row.ms)]
-        text = f"{number(rate)}  {_times(peer, row)}".rstrip()
+        text = " · ".join(filter(None, (number(rate), _times(peer, row))))
         bars.append(Bar(row.candidate, rate, text, ends[0], ends[1], group))
     return plots.bar_chart(bars, label=f"Images a second, {_what(rows[0])}", x_label="images a second")
 
@@ -779,9 +780,12 @@ figcaption b { color: var(--ink); } figcaption { max-width: 76ch; }
 .plot { overflow-x: auto; }
 .plot svg { display: block; width: 100%; min-width: 31rem; height: auto; margin-top: 0.6rem; }
 .scroll { overflow-x: auto; margin-top: 0.6rem; }
-table { border-collapse: collapse; width: 100%; font-size: 0.88rem; }
+table { border-collapse: collapse; width: 100%; font-size: 0.86rem; }
 th { text-align: left; font-weight: 600; white-space: nowrap; vertical-align: bottom; }
-th, td { padding: 0.38rem 1rem 0.38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: 0.38rem 0.9rem 0.38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { white-space: nowrap; } #failures td { white-space: normal; overflow-wrap: anywhere; }
+#targets td:last-child { white-space: normal; }
+#failures td:first-child, #failures td:nth-child(2) { white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; } td:last-child, th:last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.ours td { font-weight: 650; }

@@ -123,6 +123,10 @@ def _rotation(workload: Workload, device: torch.device) -> list[dict[str, Any]]:
     return [first, *(workload.inputs(device, i) for i in range(1, count))]
 
 
+def _rotated(function: Function, sets: list[dict[str, Any]]) -> measure.Candidate:
+    return lambda i: function(sets[i % len(sets)])
+
+
 def run_workload(
     workload: Workload,
     candidates: tuple[Peer, ...],
@@ -166,7 +170,8 @@ def run_workload(
                     continue
                 say(f"{workload.name} b{workload.shape['batch']} {workload.dtype}: {peer.name}")
                 function = peer.build(workload, device)
-                cold = measure.cold_ms(lambda i, f=function: f(sets[0]), device)
+                call = _rotated(function, sets)
+                cold = measure.cold_ms(call, device)
                 worst, limit, ok = parity.check(function)
                 note = "" if ok else f"error {worst:.3e} is above the rule's {limit:.3e}"
                 rows[peer.name] = replace(
@@ -179,7 +184,6 @@ def run_workload(
                     error_limit=limit,
                 )
                 if ok:
-                    call = lambda i, f=function: f(sets[i % len(sets)])  # noqa: E731
                     rows[peer.name] = replace(rows[peer.name], peak_mb=measure.peak_memory_mb(call, device))
                     ready[peer.name] = call
             except torch.OutOfMemoryError as error:
@@ -251,7 +255,7 @@ def run(
         if not wanted:
             continue
         left = len(todo) - position
-        share = 10.0 if budget_s is None else max(0.5, (budget_s - (time.monotonic() - begin)) / left)
+        share = 10.0 if budget_s is None else max(0.1, (budget_s - (time.monotonic() - begin)) / left)
         if budget_s is not None and time.monotonic() - begin > budget_s:
             say(f"budget of {budget_s:g} s is spent: {left} workloads are left for the next run")
             break

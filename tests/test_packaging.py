@@ -66,7 +66,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("tree") / "vitfast"
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)
-    for folder in ("kernels", "vitfast"):
+    for folder in ("benchmarks", "kernels", "vitfast"):
         cache = copy / folder / "__pycache__"
         cache.mkdir()
         (cache / "stale.cpython-311.pyc").write_bytes(b"")
@@ -101,10 +101,13 @@ def wheel_files(wheel: Path) -> set[str]:
 
 def expected_in_wheel() -> set[str]:
     own = {f"vitfast/{name}" for name in source_files("vitfast")}
-    return own | {f"vitfast/kernels/{name}" for name in source_files("kernels")}
+    kernels = {f"vitfast/kernels/{name}" for name in source_files("kernels")}
+    # results stay in the repository
+    suite = {name for name in source_files("benchmarks") if not name.startswith("results/")}
+    return own | kernels | {f"vitfast/benchmarks/{name}" for name in suite}
 
 
-def test_wheel_holds_the_two_folders_as_one_package(wheel: Path) -> None:
+def test_wheel_holds_the_folders_as_one_package(wheel: Path) -> None:
     files = wheel_files(wheel)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert expected_in_wheel() <= files

@@ -118,6 +118,32 @@ def _parser() -> _Parser:
         parents=[common],
     )
     doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time vitfast against every peer that is installed, with parity beside each time",
+        description="Time plain torch, inductor, timm, Transformers, torchvision and vitfast rung by rung, "
+        "interleaved, on this machine. Writes results.json, a page, Markdown tables and timm's CSV columns to --out. A "
+        "run that was killed goes on where it stopped. With `compare A.json B.json`: ratios of two results files "
+        "instead, and which differences are noise.",
+        parents=[common],
+    )
+    bench.add_argument("words", nargs="*", metavar="compare A.json B.json", help="compare two results files instead")
+    bench.add_argument(
+        "--model", nargs="+", metavar="NAME", help="architectures (default: the suite's; on CPU Ti and B)"
+    )
+    bench.add_argument(
+        "--batch", nargs="+", type=_positive, metavar="N", help="batch sizes (default: the suite's; on CPU 1)"
+    )
+    bench.add_argument("--precision", nargs="+", metavar="P", help="such as bf16 (default bf16 on cuda, fp32 on CPU)")
+    bench.add_argument("--peers", nargs="+", metavar="NAME", help="starts of peers' names, such as timm (default: all)")
+    bench.add_argument("--kernels", action="store_true", help="the kernels at the models' shapes too")
+    bench.add_argument("--train", action="store_true", help="forward and backward too")
+    bench.add_argument("--quick", action="store_true", help="a first look: one small model and its kernels, batch 1")
+    bench.add_argument("--budget", type=_seconds, metavar="SECONDS", help="of timing (default: 10 a workload)")
+    bench.add_argument("--out", metavar="DIR", default="vitfast-bench", help="where files go (default ./%(default)s)")
+    bench.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where torch sees one, else cpu)")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -167,6 +193,53 @@ def _doctor(options: argparse.Namespace) -> int:
     diagnosis = doctor()
     print(diagnosis)
     return 0 if diagnosis.ok else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .benchmarks import registry, report, run
+    from .benchmarks.compare import compare
+    from .benchmarks.results import load
+    from .parity import pick_device
+
+    if options.words:
+        if len(options.words) != 3 or options.words[0] != "compare":
+            raise ValueError(f"bench {' '.join(options.words)}: expected nothing there, or compare A.json B.json")
+        print(compare(load(Path(options.words[1])), load(Path(options.words[2]))))
+        return 0
+    device = pick_device(options.device)
+    cuda = device.type == "cuda"
+    if options.quick:
+        models: tuple[str, ...] = ("vit_tiny_patch16_224",)
+        batches: tuple[int, ...] = (1,)
+    else:
+        models = tuple(registry.MODELS) if cuda else ("vit_tiny_patch16_224", "vit_base_patch16_224")
+        batches = registry.BATCHES if cuda else (1,)
+    layers = ("model",) + ("kernel",) * (options.kernels or options.quick) + ("train",) * options.train
+    todo = registry.workloads(
+        layers,
+        tuple(options.model or models),
+        tuple(options.batch or batches),
+        tuple(options.precision or (("bf16",) if cuda else ("fp32",))),
+    )
+    # what is asked for most comes first, so that a budget cuts the rest
+    todo.sort(key=lambda workload: layers.index(workload.layer))
+    out = Path(options.out)
+    result = run.run(
+        todo,
+        out / "results.json",
+        device,
+        peer_names=None if options.peers is None else tuple(options.peers),
+        budget_s=options.budget or (20.0 if options.quick else None),
+        quick=options.quick,
+        say=_progress,
+    )
+    written = report.write(result, out)
+    print(report.markdown(result))
+    for path in written:
+        _progress(f"wrote {path}")
+    return 1 if any(row.status == "failed parity" and row.candidate.startswith("vitfast") for row in result.rows) else 0
 
 
 def _progress(message: str) -> None:

@@ -65,7 +65,12 @@ def _flex(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]]
 
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    return _of(lambda q, k, v: compiled(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2))
+
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    return _of(attend)
 
 
 def _flex_missing(workload: Workload, device: torch.device) -> str | None:

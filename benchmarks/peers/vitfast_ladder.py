@@ -76,7 +76,7 @@ def _needs_cuda(workload: Workload, device: torch.device) -> str | None:
 
 
 def _kernel(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    tf32 = {} if workload.op in ("layer_norm", "add_layer_norm") else {"tf32": workload.dtype == "tf32"}
+    tf32: dict[str, Any] = {} if workload.op in ("layer_norm", "add_layer_norm") else {"tf32": workload.dtype == "tf32"}
     op = {"attention": kernels.attention_qkv}.get(workload.op) or getattr(kernels, workload.op)
 
     def run(inputs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,213 @@
+"""The runner: what is wrong is refused, what is missing is a row, what is finished is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitfast
+from vitfast.benchmarks import measure, registry, run
+from vitfast.benchmarks.peers import Peer, peers
+from vitfast.benchmarks.registry import Workload
+from vitfast.benchmarks.results import Run, load
+
+CPU = torch.device("cpu")
+MODEL = "vit_tiny_patch16_224"
+TIME_INTERLEAVED = measure.time_interleaved
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The suite's smallest model at two blocks and 32 pixels; environments that do not ask git or the GPU."""
+    monkeypatch.setitem(registry.MODELS, MODEL, {"depth": 2, "img_size": 32, "num_classes": 7})
+    monkeypatch.setattr(measure, "environment", lambda device: {"device": "fake processor", "versions": {}})
+    # times do not matter here, only that they are taken
+    timed = measure.time_interleaved
+    monkeypatch.setattr(measure, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
+    registry.reference_model.cache_clear()
+    registry.model_flops.cache_clear()
+    yield
+    registry.reference_model.cache_clear()
+    registry.model_flops.cache_clear()
+
+
+def _todo(*layers: str) -> list[Workload]:
+    return registry.workloads(layers, (MODEL,), (2,), ("fp32",))
+
+
+def _run(path: Path, *names: str, layers: tuple[str, ...] = ("model",)) -> tuple[Run, list[str]]:
+    said: list[str] = []
+    result = run.run(
+        _todo(*layers), path, CPU, peer_names=names or None, budget_s=600.0, quick=True, say=said.append
+    )
+    return result, said
+
+
+def _peer(name: str, build: Any, missing: str | None = None) -> Peer:
+    ops = frozenset({"model", "layer_norm"})
+    return Peer(name, ops, lambda workload, device: missing, build)
+
+
+def test_rows_of_a_model_and_a_training_step(tmp_path: Path) -> None:
+    result, _ = _run(tmp_path / "r.json", "torch eager", "vitfast +", layers=("model", "train"))
+    rows = {(row.layer, row.candidate): row for row in result.rows if row.status == "ok"}
+    assert {"torch eager", "vitfast +patch_embed", "vitfast +block"} <= {name for _, name in rows}
+    for row in rows.values():
+        assert row.ms_p20 <= row.ms <= row.ms_p80
+        assert row.error <= row.error_limit
+        assert row.images_per_s == pytest.approx(2000 / row.ms)
+        assert row.floor_ms == result.ceilings.floor_ms(row.flops, row.bytes, "fp32")
+        assert row.cold_ms > 0 and row.samples >= 5
+    assert rows["train", "torch eager"].flops == 3 * rows["model", "torch eager"].flops
+
+
+def test_every_kernel_is_offered_by_torch_and_by_us(tmp_path: Path) -> None:
+    result, _ = _run(tmp_path / "r.json", "torch eager", "vitfast", layers=("kernel",))
+    ok = {(row.workload.split("/")[0], row.candidate) for row in result.rows if row.status == "ok"}
+    assert ok == {(name, candidate) for name in registry.KERNELS for candidate in ("torch eager", "vitfast")}
+
+
+def test_a_wrong_kernel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = vitfast.kernels.layer_norm
+
+    def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # one element of one row of the last image
+        y = right(x, *args, **kwargs).clone()
+        y[-1, -1, -1] += 0.01
+        return y
+
+    monkeypatch.setattr(vitfast.kernels, "layer_norm", wrong)
+    result, _ = _run(tmp_path / "r.json", "torch eager", "vitfast", layers=("kernel",))
+    row = next(r for r in result.rows if r.workload.startswith("layer_norm") and r.candidate == "vitfast")
+    assert row.status == "failed parity"
+    assert row.ms is None
+    assert "above the rule's" in row.note
+    assert row.error > row.error_limit
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_refused_and_can_be_saved(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = _peer("broken", lambda w, d: lambda inputs: w.reference(inputs["pixels"]).detach() * value)
+    monkeypatch.setattr(run, "peers", lambda: (*peers(), broken))
+    result, _ = _run(tmp_path / "r.json", "broken")
+    assert [row.status for row in result.rows] == ["failed parity"]
+    assert load(tmp_path / "r.json").rows == result.rows
+
+
+def test_missing_and_failing_peers_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(workload: Workload, device: torch.device) -> Any:
+        raise RuntimeError("no such luck\nsecond line")
+
+    def too_large(workload: Workload, device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 3 TiB")
+
+    added = (_peer("absent", fail, "is not installed"), _peer("failing", fail), _peer("large", too_large))
+    monkeypatch.setattr(run, "peers", lambda: (*peers(), *added))
+    result, _ = _run(tmp_path / "r.json", "torch eager", "absent", "failing", "large")
+    assert {row.candidate: (row.status, row.note) for row in result.rows} == {
+        "torch eager": ("ok", ""),
+        "absent": ("missing", "is not installed"),
+        "failing": ("error", "RuntimeError: no such luck"),
+        "large": ("out of memory", "tried to allocate 3 TiB"),
+    }
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    whole = run.run_workload
+
+    def killed(workload: Workload, *args: Any, **kwargs: Any) -> Any:
+        if workload.op == "add_layer_norm":
+            raise KeyboardInterrupt
+        return whole(workload, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_workload", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _run(path, "torch eager", layers=("kernel",))
+    finished = load(path).rows
+    assert [row.workload.split("/")[0] for row in finished] == ["patch_embed", "layer_norm"]
+    result, _ = _run(path, "torch eager", layers=("kernel",))
+    assert result.rows[:2] == finished
+    assert len(result.rows) == len(registry.KERNELS)
+    again, said = _run(path, "torch eager", layers=("kernel",))
+    assert (again.rows, said) == (result.rows, [])
+
+
+def test_another_run_s_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    _run(path, "torch eager")
+    monkeypatch.setattr(measure, "environment", lambda device: {"device": "another", "versions": {}})
+    with pytest.raises(ValueError, match="holds another run"):
+        _run(path, "torch eager")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a results file"),
+        ("[]", "schema None; this version reads schema 1"),
+        (json.dumps({"schema": 7}), "schema 7; this version reads schema 1"),
+        (json.dumps({"schema": 1, "environment": {}, "ceilings": None, "rows": [{"x": 1}]}), "damaged results file"),
+    ],
+)
+def test_a_file_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="peer 'nobody'; expected the start of one of: "):
+        run.select_peers(("nobody",))
+    with pytest.raises(ValueError, match="precision 'bf8'; expected one of fp32, tf32, bf16, fp16"):
+        registry.workloads(("model",), (MODEL,), (1,), ("bf8",))
+    with pytest.raises(ValueError, match="unknown model 'vit_nano'"):
+        registry.workloads(("model",), ("vit_nano",), (1,), ("fp32",))
+
+
+def test_candidates_take_turns_and_inputs_rotate() -> None:
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    order: list[str] = []
+
+    def candidate(name: str) -> measure.Candidate:
+        def call(index: int) -> None:
+            seen[name].append(index)
+            order.append(name)
+
+        return call
+
+    timings = TIME_INTERLEAVED(
+        {name: candidate(name) for name in seen},
+        CPU,
+        budget_s=0.05,
+        min_samples=6,
+        max_samples=6,
+        sample_target_ms=1e-9,
+    )
+    assert {name: t.samples for name, t in timings.items()} == {"a": 6, "b": 6}
+    timed = order[-12:]
+    assert all({timed[i], timed[i + 1]} == {"a", "b"} for i in range(0, 12, 2))
+    # no index comes twice, so no call gets the inputs of the one before
+    assert len(set(seen["a"] + seen["b"])) == len(seen["a"]) + len(seen["b"])
+
+
+def test_percentiles() -> None:
+    timing = measure.summarize([float(i) for i in range(1, 12)], calls=3)
+    assert dataclasses.astuple(timing) == (6.0, 3.0, 9.0, 11, 3)
+    assert measure.summarize([4.0], calls=1).p80 == 4.0
+
+
+def test_flops_of_vit_b() -> None:
+    # 2 * (12 * (12 * N * D^2 + 2 * N^2 * D) + 196 * 768 * D + 1000 * D), N = 197, D = 768; without biases and norms
+    n, d = 197, 768
+    expected = 2 * (12 * (12 * n * d * d + 2 * n * n * d) + 196 * 768 * d + 1000 * d)
+    assert registry.model_flops("vit_base_patch16_224") == pytest.approx(expected, rel=1e-3)
