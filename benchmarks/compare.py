@@ -10,8 +10,11 @@ code, which is three things:
    first rule is the stricter one, and is meant to be: samples of one process share its memory layout and its clocks,
    so they are fewer than they look.)
 3. Two processes differ by more than samples within one. At least `FLOOR` is noise whatever the samples say. Where
-   device and versions are equal, the peers are a control: their code did not change, so what nine in ten of their rows
-   moved by (up to) is what the machine does on its own, and the floor rises to that.
+   device and versions are equal, the peers are a control: their code did not change, so how their speed moved is what
+   the machine does on its own. On each workload the median move of its peers, which were timed in turns with ours, is
+   noise and comes on top of what the first two rules allow. Over the whole run so are the median move of all peers and
+   three standard deviations (sigma from p20..p80 again, so that a few peers which did change count for nothing). If
+   everything is slower, that is the machine.
 
 `tests/benchmarks/test_compare.py` holds the rule by simulation.
 """
@@ -31,6 +34,9 @@ FLOOR = 0.02
 """Smallest relative difference of two processes' medians that is ever called real."""
 
 STANDARD_ERRORS = 3.0
+
+SPAN = 1.683
+"""p20..p80 of a normal distribution, in standard deviations."""
 
 CONTROLS = 5
 """Fewest peers' rows that make a control."""
@@ -88,8 +94,9 @@ class Comparison:
         only_a, only_b: rows that the other run lacks, or where a peer is missing in the other.
         differences: what differs in the two environments, as `(what, in A, in B)`.
         ceilings: B's measured ceilings over A's, by name.
-        floor: relative difference that counted as noise for every pair.
-        controls: peers' rows behind `floor`; 0 where it is just `FLOOR`.
+        floor: relative difference that counted as noise for every pair; one whose own peers moved has more.
+        controls: how many peers' rows were a control; 0 where there were too few.
+        drift, wobble: median and standard deviation of the logarithms of their ratios; 0 without a control.
     """
 
     pairs: tuple[Pair, ...]
@@ -97,8 +104,10 @@ class Comparison:
     only_b: tuple[Row, ...]
     differences: tuple[tuple[str, str, str], ...]
     ceilings: dict[str, float]
-    floor: float
-    controls: int
+    floor: float = FLOOR
+    controls: int = 0
+    drift: float = 0.0
+    wobble: float = 0.0
 
     def regressions(self, threshold: float = 0.05) -> list[Pair]:
         """What a gate should stop: rows that broke, and rows slower by more than `threshold` and more than noise.
@@ -124,13 +133,16 @@ class Comparison:
             lines.append("These are two machines: the ratios compare them, not only the code.")
         if self.ceilings:
             lines.append("B's ceilings over A's: " + ", ".join(f"{n} {r:.3f}" for n, r in self.ceilings.items()))
+        lines.append(
+            f"Noise: overlapping p20..p80, or below {self.floor:.1%}, or what the workload's own peers moved by."
+        )
         if self.controls:
             lines.append(
-                f"Noise: overlapping p20..p80, or below {self.floor:.1%}. The peers are the control: nine in ten of "
-                f"their {self.controls} rows, whose code is the same in both, moved by no more than that."
+                f"The peers are the control: the speed of their {self.controls} rows, whose code is the same in both, moved "
+                f"by {math.expm1(self.drift):+.1%} in the median, with a standard deviation of {self.wobble:.1%}."
             )
         else:
-            lines.append(f"Noise: overlapping p20..p80, or below {self.floor:.0%} (no control: too few equal peers).")
+            lines.append("There is no control for the whole run: too few peers' rows in both, or other versions.")
         counts = Counter(pair.verdict for pair in self.pairs)
         summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v]) or "none in common"
         lines += [f"Rows: {summary}.", ""]
@@ -161,28 +173,31 @@ def compare(a: Run, b: Run) -> Comparison:
     only_b += [row for row in b.rows if row.key not in keys_a and row.status != "missing"]
     differences = _differences(a.environment, b.environment)
     same = all(what == "commit" for what, _, _ in differences)
-    moved = [_moved(x, y) for x, y in both if same and not is_ours(x.candidate) and x.ms and y.ms]
-    floor, controls = FLOOR, 0
-    if len(moved) >= CONTROLS:
-        floor, controls = max(FLOOR, statistics.quantiles(moved, n=10, method="inclusive")[-1]), len(moved)
+    by_workload: dict[tuple[Any, ...], list[float]] = {}
+    for x, y in both:
+        if same and not is_ours(x.candidate) and x.ms and y.ms:
+            by_workload.setdefault(x.key[:-1], []).append(math.log(x.ms / y.ms))
+    moves = [move for found in by_workload.values() for move in found]
+    floor, drift, wobble = FLOOR, 0.0, 0.0
+    if len(moves) >= CONTROLS:
+        fifths = statistics.quantiles(moves, n=5, method="inclusive")
+        drift, wobble = statistics.median(moves), (fifths[3] - fifths[0]) / SPAN
+        floor = max(FLOOR, math.expm1(abs(drift) + STANDARD_ERRORS * wobble))
     return Comparison(
-        tuple(_pair(x, y, floor) for x, y in both),
+        tuple(_pair(x, y, floor, statistics.median(by_workload.get(x.key[:-1], [0.0]))) for x, y in both),
         tuple(only_a),
         tuple(only_b),
         differences,
         _ceilings(a, b),
         floor,
-        controls,
+        len(moves) if len(moves) >= CONTROLS else 0,
+        drift,
+        wobble,
     )
 
 
-def _moved(a: Row, b: Row) -> float:
-    """Relative difference of two medians, the same whichever is the first."""
-    assert a.ms is not None and b.ms is not None
-    return math.expm1(abs(math.log(a.ms / b.ms)))
-
-
-def _pair(a: Row, b: Row, floor: float) -> Pair:
+def _pair(a: Row, b: Row, floor: float, drift: float) -> Pair:
+    """Two rows with what is noise between them; `drift` is the logarithm of how their workload's peers moved."""
     first, second = _interval(a), _interval(b)
     if first is None or second is None:
         return Pair(a, b)
@@ -193,7 +208,7 @@ def _pair(a: Row, b: Row, floor: float) -> Pair:
     error = math.hypot(_standard_error(a, first), _standard_error(b, second))
     widened = STANDARD_ERRORS * (1 + (STANDARD_ERRORS**2 + 1) / (4 * (samples - 2)))
     overlap = first[0] <= second[1] and second[0] <= first[1]
-    return Pair(a, b, max(floor, widened * error), overlap)
+    return Pair(a, b, max(floor, math.expm1(abs(drift) + math.log1p(max(FLOOR, widened * error)))), overlap)
 
 
 def _interval(row: Row) -> tuple[float, float] | None:
@@ -205,7 +220,7 @@ def _interval(row: Row) -> tuple[float, float] | None:
 def _standard_error(row: Row, interval: tuple[float, float]) -> float:
     """Of the median, relative to it."""
     assert row.ms is not None
-    sigma = (interval[1] - interval[0]) / 1.683
+    sigma = (interval[1] - interval[0]) / SPAN
     return 1.2533 * sigma / (row.ms * math.sqrt(row.samples or 1))
 
 

@@ -229,11 +229,8 @@ def line_chart(series: Sequence[Series], *, label: str, x_label: str, y_label: s
             title = f"{s.name}, {_tick(x)}: {number(p[0])} (p20..p80 {number(p[1])} to {number(p[2])})"
             parts.append(_marker(at_x(x), at_y(p[0]), css, nth, title))
         last_x, last_y = at_x(s.points[-1][0]), at_y(s.points[-1][1])
-        parts.append(
-            _line(
-                last_x + 6, last_y, right + 4, ends[i], css, ' stroke="currentColor" opacity="0.45" stroke-width="0.8"'
-            )
-        )
+        # grey and dotted, so that it is not taken for data where a line ends early
+        parts.append(_line(last_x + 7, last_y, right + 4, ends[i], "edge", ' stroke-dasharray="1 3"'))
         parts.append(_text(right + 8, ends[i] + 4, s.name, f"{css} name" + (" ours" if colour == 0 else "")))
     return _svg(590, bottom + 46, label, parts)
 

@@ -424,9 +424,9 @@ METHOD = (
     "last-level cache, after a warm-up; a number is the median over rounds, with the 20th and 80th percentile. Who "
     "fails the parity rule (error against float64 at most twice that of plain PyTorch in the same precision) is not "
     "timed. The floor is max(FLOPs / GEMM rate, bytes / copy bandwidth) and MFU is FLOP/s over GEMM rate, both by "
-    "ceilings measured in the same run. × peer is speed over the fastest compiled peer (whoever is neither vitfast nor "
-    "eager; for kernels the fastest peer of all), × eager is speed over torch eager. Peak memory is what one call holds "
-    "beyond weights and inputs."
+    "ceilings measured in the same run. × peer is speed over the fastest compiled peer (neither vitfast nor eager; for "
+    "kernels the fastest peer of all), × eager is speed over torch eager. Peak memory is what one call holds beyond "
+    "weights and inputs."
 )
 """How to read the numbers; stands on every report."""
 

@@ -137,6 +137,12 @@ def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: '{name}' has dtype {tensor.dtype}, but '{first}' has {dtype}; expected one dtype")
 
 
+def flatten_rows(x: Tensor) -> Tensor:
+    """`[..., D]` as `[rows, D]` with unit stride in a row; copies only what no row stride can describe."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
 def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
     """`input_precision` for `tl.dot`: tf32 only for fp32 operands and only where it is allowed, else exact."""
     if dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.allow_tf32):

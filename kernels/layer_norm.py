@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ._config import lookup
-from ._op import autocast, check_shape, check_tensors, kernel_op
+from ._op import autocast, check_shape, check_tensors, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_WIDTH = 16384
@@ -157,12 +157,6 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`[..., D]` as `[rows, D]` with unit stride in a row; copies only what no row stride can describe."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
-
-
 def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
@@ -211,7 +205,7 @@ def _layer_norm(
     mean, rstd = _statistics(x)
     if x.numel():
         rows, config = _launch_config("layer_norm", x)
-        width, x = x.shape[-1], _rows(x)
+        width, x = x.shape[-1], flatten_rows(x)
         _layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
             x,
             _dense(weight),
@@ -239,7 +233,7 @@ def _add_layer_norm(
     mean, rstd = _statistics(x)
     if x.numel():
         rows, config = _launch_config("add_layer_norm", x)
-        width, x, residual = x.shape[-1], _rows(x), _rows(residual)
+        width, x, residual = x.shape[-1], flatten_rows(x), flatten_rows(residual)
         _add_layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
             x,
             residual,

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._config import arch, lookup, sm_count
-from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, kernel_op
+from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, flatten_rows, kernel_op
 from ._triton import TensorDescriptor, cdiv, tl, triton
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
@@ -267,15 +267,13 @@ def _check_linear(
         check_shape("linear", "residual", residual, *shape[:-1], weight_shape[0])
 
 
-def _rows(x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
 def _describable(*tensors: Tensor) -> bool:
-    """Whether the copy engine can address these matrices: 16-byte aligned base and rows, no broadcast row."""
+    """Whether the copy engine can address these matrices: dense rows, 16-byte aligned like the base, none broadcast."""
     return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1]
+        t.data_ptr() % 16 == 0
+        and t.stride(1) == 1
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(0) >= t.shape[1]
         for t in tensors
     )
 
@@ -299,8 +297,8 @@ def _linear(
     y = torch.empty((*shape, n), dtype=_output_dtype(x, residual, scale), device=x.device)
     if y.numel() == 0:
         return y
-    x, y2d, weight = _rows(x), y.view(-1, n), _rows(weight)
-    residual = None if residual is None else _rows(residual)
+    x, y2d, weight = flatten_rows(x), y.view(-1, n), flatten_rows(weight)
+    residual = None if residual is None else flatten_rows(residual)
     bias = None if bias is None else bias.contiguous()
     scale = None if scale is None else scale.contiguous()
     m, sms, precision = x.shape[0], sm_count(x.device), dot_precision(x.dtype, tf32)

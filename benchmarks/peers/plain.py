@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,34 @@ def model_function(
             return forward(inputs["pixels"])
 
     return infer
+
+
+def eager_and_compiled(
+    library: str,
+    missing: Callable[[Workload, torch.device], str | None],
+    make: Callable[[Workload, torch.device], nn.Module],
+    logits: Callable[[Any], Tensor] = lambda output: output,
+) -> tuple[Peer, Peer]:
+    """The two peers of a library's model: as it is, and compiled by inductor.
+
+    Args:
+        library: its name.
+        missing: as `Peer.missing`.
+        make: the model with the workload's weights, dtype and mode, on the device.
+        logits: takes the logits out of what the model returns.
+    """
+
+    def build(compiled: bool, workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
+        torch.compiler.reset()
+        model = make(workload, device)
+        call = torch.compile(model, dynamic=False) if compiled else model
+        return model_function(workload, model, lambda pixels: logits(call(pixels)))
+
+    ops = frozenset({"model", "train"})
+    return (
+        Peer(f"{library} eager", ops, missing, functools.partial(build, False)),
+        Peer(f"{library} compiled", ops, missing, functools.partial(build, True)),
+    )
 
 
 def never_missing(workload: Workload, device: torch.device) -> str | None:

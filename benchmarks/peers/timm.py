@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..registry import MODELS, Workload, reference_model
-from . import Peer, unusable
-from .plain import model_function
+from . import unusable
+from .plain import eager_and_compiled
 
 
 def _missing(workload: Workload, device: torch.device) -> str | None:
@@ -31,18 +28,4 @@ def _model(workload: Workload, device: torch.device) -> nn.Module:
     return model.to(device, workload.torch_dtype).train(workload.op == "train")
 
 
-def _eager(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    model = _model(workload, device)
-    return model_function(workload, model, model)
-
-
-def _compiled(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    torch.compiler.reset()
-    model = _model(workload, device)
-    return model_function(workload, model, torch.compile(model, dynamic=False))
-
-
-PEERS = (
-    Peer("timm eager", frozenset({"model", "train"}), _missing, _eager),
-    Peer("timm compiled", frozenset({"model", "train"}), _missing, _compiled),
-)
+PEERS = eager_and_compiled("timm", _missing, _model)

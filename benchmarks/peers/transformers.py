@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..registry import Workload, dimensions, reference_model
-from . import Peer, unusable
-from .plain import model_function
-
-_OPS = frozenset({"model", "train"})
+from . import unusable
+from .plain import eager_and_compiled
 
 
 def _missing(workload: Workload, device: torch.device) -> str | None:
@@ -77,19 +72,4 @@ def _model(workload: Workload, device: torch.device) -> nn.Module:
     return model.to(device, workload.torch_dtype).train(workload.op == "train")
 
 
-def _eager(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    model = _model(workload, device)
-    return model_function(workload, model, lambda pixels: model(pixels).logits)
-
-
-def _compiled(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    torch.compiler.reset()
-    model = _model(workload, device)
-    compiled = torch.compile(model, dynamic=False)
-    return model_function(workload, model, lambda pixels: compiled(pixels).logits)
-
-
-PEERS = (
-    Peer("Transformers eager", _OPS, _missing, _eager),
-    Peer("Transformers compiled", _OPS, _missing, _compiled),
-)
+PEERS = eager_and_compiled("Transformers", _missing, _model, lambda output: output.logits)

@@ -44,9 +44,7 @@ def _todo(*layers: str) -> list[Workload]:
 
 def _run(path: Path, *names: str, layers: tuple[str, ...] = ("model",)) -> tuple[Run, list[str]]:
     said: list[str] = []
-    result = run.run(
-        _todo(*layers), path, CPU, peer_names=names or None, budget_s=600.0, quick=True, say=said.append
-    )
+    result = run.run(_todo(*layers), path, CPU, peer_names=names or None, budget_s=600.0, quick=True, say=said.append)
     return result, said
 
 
@@ -66,6 +64,16 @@ def test_rows_of_a_model_and_a_training_step(tmp_path: Path) -> None:
         assert row.floor_ms == result.ceilings.floor_ms(row.flops, row.bytes, "fp32")
         assert row.cold_ms > 0 and row.samples >= 5
     assert rows["train", "torch eager"].flops == 3 * rows["model", "torch eager"].flops
+
+
+def test_other_libraries_compute_the_same(tmp_path: Path) -> None:
+    names = ("timm eager", "torchvision eager", "Transformers eager")
+    for name in names:
+        pytest.importorskip(name.split()[0].lower())
+    result, _ = _run(tmp_path / "r.json", *names, layers=("model", "train"))
+    assert {(row.layer, row.candidate, row.status, row.note) for row in result.rows} == {
+        (layer, name, "ok", "") for layer in ("model", "train") for name in names
+    }
 
 
 def test_every_kernel_is_offered_by_torch_and_by_us(tmp_path: Path) -> None:
