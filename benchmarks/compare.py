@@ -138,8 +138,8 @@ class Comparison:
         )
         if self.controls:
             lines.append(
-                f"The peers are the control: the speed of their {self.controls} rows, whose code is the same in both, moved "
-                f"by {math.expm1(self.drift):+.1%} in the median, with a standard deviation of {self.wobble:.1%}."
+                f"The peers are the control: the speed of their {self.controls} rows, whose code is the same in both, "
+                f"moved by {math.expm1(self.drift):+.1%} in the median, with a standard deviation of {self.wobble:.1%}."
             )
         else:
             lines.append("There is no control for the whole run: too few peers' rows in both, or other versions.")
