@@ -7,8 +7,7 @@ Entries come from two files of one form, the device named as CUDA names it with 
 
 An entry's fields are those of the op's `Config`, so a choice that an op learns later (another library's GEMM, say) is a
 field of its `Config` with a default, and older files stay valid. A shape without an entry takes that of the nearest one
-which differs in a size that grows with the batch, see `nearest`. No file is written here and nothing is tuned here:
-`vitfast tune` does both.
+which differs in a size that grows with the batch, see `nearest`. No file is written here and nothing is tuned here.
 """
 
 import functools

@@ -59,7 +59,7 @@ def block_of(key: str, op: str = "op") -> int:
 def test_committed_entry(folder: Path) -> None:
     write(folder, {"device": DEVICE, "configs": {"m=1,float16": {"block": 64, "warps": 8}}})
     assert _config.lookup("op", "m=1,float16", CPU, Config, fallback) == Config(64, 8)
-    assert _config.lookup("op", "m=2,float16", CPU, Config, fallback) == Config(1)
+    assert _config.lookup("op", "m=9,float16", CPU, Config, fallback) == Config(1)
     assert _config.lookup("another", "m=1,float16", CPU, Config, fallback) == Config(1)
 
 
