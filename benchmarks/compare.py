@@ -33,6 +33,9 @@ from .targets import is_ours
 FLOOR = 0.02
 """Smallest relative difference of two processes' medians that is ever called real."""
 
+UNSTEADY = 0.2
+"""Floor, share of rows, and spread of a row over its median, above which a machine is said to be unsteady."""
+
 STANDARD_ERRORS = 3.0
 
 SPAN = 1.683
@@ -97,6 +100,7 @@ class Comparison:
         floor: relative difference that counted as noise for every pair; one whose own peers moved has more.
         controls: how many peers' rows were a control; 0 where there were too few.
         drift, wobble: median and standard deviation of the logarithms of their ratios; 0 without a control.
+        unsteady: share of the rows of A and of B with a p20..p80 wider than `UNSTEADY` of the median.
     """
 
     pairs: tuple[Pair, ...]
@@ -108,9 +112,12 @@ class Comparison:
     controls: int = 0
     drift: float = 0.0
     wobble: float = 0.0
+    unsteady: tuple[float, float] = (0.0, 0.0)
 
     def regressions(self, threshold: float = 0.05) -> list[Pair]:
         """What a gate should stop: rows that broke, and rows slower by more than `threshold` and more than noise.
+
+        An unsteady machine makes much noise and so lets much pass; `floor` and `unsteady` tell how much.
 
         Args:
             threshold: relative loss of speed that is put up with: 0.05 lets a row fall to 0.95 of its speed.
@@ -133,9 +140,8 @@ class Comparison:
             lines.append("These are two machines: the ratios compare them, not only the code.")
         if self.ceilings:
             lines.append("B's ceilings over A's: " + ", ".join(f"{n} {r:.3f}" for n, r in self.ceilings.items()))
-        lines.append(
-            f"Noise: overlapping p20..p80, or below {self.floor:.1%}, or what the workload's own peers moved by."
-        )
+        least = f"{self.floor:.1%}" if self.floor < 10 else f"a factor of {1 + self.floor:,.0f}"
+        lines.append(f"Noise: overlapping p20..p80, or below {least}, or what the workload's own peers moved by.")
         if self.controls:
             lines.append(
                 f"The peers are the control: the speed of their {self.controls} rows, whose code is the same in both, "
@@ -143,6 +149,14 @@ class Comparison:
             )
         else:
             lines.append("There is no control for the whole run: too few peers' rows in both, or other versions.")
+        unsteady = [
+            f"{share:.0%} of the rows in {name}"
+            for name, share in zip("AB", self.unsteady, strict=True)
+            if share > UNSTEADY
+        ]
+        if self.floor > UNSTEADY or unsteady:
+            spread = f" ({' and '.join(unsteady)} spread by more than {UNSTEADY:.0%})" if unsteady else ""
+            lines.append(f"That is too unsteady to tell much{spread}: repeat on a quiet machine.")
         counts = Counter(pair.verdict for pair in self.pairs)
         summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v]) or "none in common"
         lines += [f"Rows: {summary}.", ""]
@@ -173,18 +187,18 @@ def compare(a: Run, b: Run) -> Comparison:
     only_b += [row for row in b.rows if row.key not in keys_a and row.status != "missing"]
     differences = _differences(a.environment, b.environment)
     same = all(what == "commit" for what, _, _ in differences)
-    by_workload: dict[tuple[Any, ...], list[float]] = {}
+    moves, controls = [], dict[tuple[Any, ...], list[tuple[float, float]]]()
     for x, y in both:
         if same and not is_ours(x.candidate) and x.ms and y.ms:
-            by_workload.setdefault(x.key[:-1], []).append(math.log(x.ms / y.ms))
-    moves = [move for found in by_workload.values() for move in found]
+            moves.append(math.log(x.ms / y.ms))
+            controls.setdefault(x.key[:-1], []).append((moves[-1], _error(x, y)))
     floor, drift, wobble = FLOOR, 0.0, 0.0
     if len(moves) >= CONTROLS:
         fifths = statistics.quantiles(moves, n=5, method="inclusive")
         drift, wobble = statistics.median(moves), (fifths[3] - fifths[0]) / SPAN
         floor = max(FLOOR, math.expm1(abs(drift) + STANDARD_ERRORS * wobble))
     return Comparison(
-        tuple(_pair(x, y, floor, statistics.median(by_workload.get(x.key[:-1], [0.0]))) for x, y in both),
+        tuple(_pair(x, y, floor, controls.get(x.key[:-1], [])) for x, y in both),
         tuple(only_a),
         tuple(only_b),
         differences,
@@ -193,35 +207,49 @@ def compare(a: Run, b: Run) -> Comparison:
         len(moves) if len(moves) >= CONTROLS else 0,
         drift,
         wobble,
+        (_unsteady(a), _unsteady(b)),
     )
 
 
-def _pair(a: Row, b: Row, floor: float, drift: float) -> Pair:
-    """Two rows with what is noise between them; `drift` is the logarithm of how their workload's peers moved."""
+def _pair(a: Row, b: Row, floor: float, controls: list[tuple[float, float]]) -> Pair:
+    """Two rows with what is noise between them; `controls` are the moves of their workload's peers and their errors."""
     first, second = _interval(a), _interval(b)
-    if first is None or second is None:
+    # one sample each: nothing is known of the spread
+    if first is None or second is None or (a.samples or 1) + (b.samples or 1) <= 2:
         return Pair(a, b)
-    samples = (a.samples or 1) + (b.samples or 1)
-    if samples <= 2:
-        # one sample each: nothing is known of the spread
-        return Pair(a, b)
-    error = math.hypot(_standard_error(a, first), _standard_error(b, second))
-    widened = STANDARD_ERRORS * (1 + (STANDARD_ERRORS**2 + 1) / (4 * (samples - 2)))
+    drift = statistics.median([move for move, _ in controls] or [0.0])
+    error = math.hypot(_error(a, b), statistics.median([error for _, error in controls] or [0.0]))
     overlap = first[0] <= second[1] and second[0] <= first[1]
-    return Pair(a, b, max(floor, math.expm1(abs(drift) + math.log1p(max(FLOOR, widened * error)))), overlap)
+    return Pair(a, b, max(floor, math.expm1(abs(drift) + math.log1p(max(FLOOR, error)))), overlap)
+
+
+def _error(a: Row, b: Row) -> float:
+    """How far the ratio of two medians may be from the truth, relative, by their samples alone."""
+    samples = max(3, (a.samples or 1) + (b.samples or 1))
+    widened = STANDARD_ERRORS * (1 + (STANDARD_ERRORS**2 + 1) / (4 * (samples - 2)))
+    return widened * math.hypot(_standard_error(a), _standard_error(b))
+
+
+def _spread(row: Row) -> float:
+    """p20..p80 over the median."""
+    interval = _interval(row)
+    return 0.0 if interval is None or not row.ms else (interval[1] - interval[0]) / row.ms
+
+
+def _standard_error(row: Row) -> float:
+    """Of the median, relative to it."""
+    return 1.2533 * _spread(row) / SPAN / math.sqrt(row.samples or 1)
+
+
+def _unsteady(run: Run) -> float:
+    spreads = [_spread(row) for row in run.rows if row.ms is not None]
+    return sum(spread > UNSTEADY for spread in spreads) / max(1, len(spreads))
 
 
 def _interval(row: Row) -> tuple[float, float] | None:
     if row.ms is None:
         return None
     return (row.ms if row.ms_p20 is None else row.ms_p20, row.ms if row.ms_p80 is None else row.ms_p80)
-
-
-def _standard_error(row: Row, interval: tuple[float, float]) -> float:
-    """Of the median, relative to it."""
-    assert row.ms is not None
-    sigma = (interval[1] - interval[0]) / SPAN
-    return 1.2533 * sigma / (row.ms * math.sqrt(row.samples or 1))
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,9 @@ def test_peers_that_moved_are_a_control() -> None:
     # three standard deviations, so one row in a few hundred may be beyond them
     assert ours["no difference"] >= 0.985 * ours.total()
     assert "peers are the control" in str(found)
+    assert "quiet machine" not in str(found)
+    halved = compare(fake_run(seed=1), fake_run(seed=2, faster=dict.fromkeys(everyone, 0.5)))
+    assert "quiet machine" in str(halved)
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(0.8, "no difference"), (0.6, "slower"), (1.3, "faster")])
@@ -208,3 +211,9 @@ def test_a_few_peers_that_did_change_do_not_hide_ours() -> None:
     found = compare(fake_run(seed=1), fake_run(seed=2, faster=changed))
     assert found.floor < 0.05
     assert {pair.a.candidate for pair in found.pairs if pair.verdict == "slower"} == set(changed)
+
+
+def test_a_busy_machine_is_said_to_be_one() -> None:
+    text = str(compare(fake_run(seed=1), fake_run(seed=2, spread=0.3)))
+    assert "rows in B spread by more than 20%): repeat on a quiet machine" in text
+    assert "rows in A" not in text

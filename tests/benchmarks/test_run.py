@@ -96,7 +96,7 @@ def test_a_wrong_kernel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     row = next(r for r in result.rows if r.workload.startswith("layer_norm") and r.candidate == "vitfast")
     assert row.status == "failed parity"
     assert row.ms is None
-    assert "above the rule's" in row.note
+    assert row.note.startswith("breaks the parity rule: largest error")
     assert row.error > row.error_limit
 
 
@@ -147,6 +147,16 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(result.rows) == len(registry.KERNELS)
     again, said = _run(path, "torch eager", layers=("kernel",))
     assert (again.rows, said) == (result.rows, [])
+
+
+def test_a_second_precision_gets_its_ceiling(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    first, _ = _run(path, "torch eager")
+    todo = registry.workloads(("model",), (MODEL,), (2,), ("bf16",))
+    second = run.run(todo, path, CPU, peer_names=("torch eager",), budget_s=600.0, quick=True, say=print)
+    assert set(second.ceilings.gemm_tflop_s) == {"fp32", "bf16"}
+    assert second.ceilings.gemm_tflop_s["fp32"] == first.ceilings.gemm_tflop_s["fp32"]
+    assert [row.status for row in second.rows] == ["ok", "ok"]
 
 
 def test_another_run_s_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
