@@ -246,7 +246,8 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
     """
     ends = [value for bar in bars for value in (bar.value, bar.high) if value is not None]
     most = max([*ends, *([limit[0]] if limit else [])], default=1.0) or 1.0
-    left = max(len(bar.name) for bar in bars) * 7.7 + 14
+    # ours are bold and so wider
+    left = max(len(bar.name) * (8.3 if family(bar.name) == 0 else 7.7) for bar in bars) + 16
     texts = max([len(bar.text) for bar in bars if bar.value is not None], default=0) * 7.7 + 16
     total = 760.0
     width = max(140.0, total - left - texts)

@@ -663,7 +663,7 @@ def _roofline(run: Run) -> tuple[str, str, Table] | None:
         ours="best of vitfast",
         others="best peer",
     )
-    key = ", ".join(f"{letter} {name}" for name, letter in letters.items())
+    key = ", ".join(f"{letter}: {name}" for name, letter in letters.items())
     head = ["", "work", "candidate", "FLOP per byte", "TFLOP/s", "GB/s", "of the floor"]
     return svg, f"{what} under the ceilings of this run. {key}.", Table(head, lines, frozenset({3, 4, 5, 6}))
 
@@ -784,7 +784,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.86rem; }
 th { text-align: left; font-weight: 600; white-space: nowrap; vertical-align: bottom; }
 th, td { padding: 0.38rem 0.9rem 0.38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { white-space: nowrap; } #failures td { white-space: normal; overflow-wrap: anywhere; }
-#targets td:last-child { white-space: normal; }
+#targets td:last-child { white-space: normal; min-width: 17rem; }
 #failures td:first-child, #failures td:nth-child(2) { white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; } td:last-child, th:last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
