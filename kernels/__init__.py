@@ -10,6 +10,16 @@ if __name__ == "vitfast.kernels":
     from .layer_norm import MAX_WIDTH, add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
     from .linear import ACTIVATIONS, linear, linear_ref
     from .mlp import mlp, mlp_ref
+    from .norm_linear import (
+        linear_stats,
+        linear_stats_ref,
+        norm_linear,
+        norm_linear_ref,
+        refold,
+        row_stats,
+        row_stats_ref,
+        unfold,
+    )
     from .patch_embed import patch_embed, patch_embed_ref
 else:
     # with the repository root on `sys.path` a bare `import kernels` finds this folder, whose name belongs to another
@@ -30,8 +40,16 @@ __all__ = [
     "layer_norm_ref",
     "linear",
     "linear_ref",
+    "linear_stats",
+    "linear_stats_ref",
     "mlp",
     "mlp_ref",
+    "norm_linear",
+    "norm_linear_ref",
     "patch_embed",
     "patch_embed_ref",
+    "refold",
+    "row_stats",
+    "row_stats_ref",
+    "unfold",
 ]

@@ -141,7 +141,7 @@ def heuristic(rows: int, width: int, dtype: torch.dtype, arch: int) -> Config:
     return Config(block_m, num_warps=max(1, min(16, block_m * tile // 512)))
 
 
-def _launch_config(op: str, x: Tensor) -> tuple[int, Config]:
+def launch_config(op: str, x: Tensor) -> tuple[int, Config]:
     width = x.shape[-1]
     rows = x.numel() // width
     key = f"rows={rows},width={width},{str(x.dtype)[6:]}"
@@ -204,7 +204,7 @@ def _layer_norm(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = _statistics(x)
     if x.numel():
-        rows, config = _launch_config("layer_norm", x)
+        rows, config = launch_config("layer_norm", x)
         width, x = x.shape[-1], flatten_rows(x)
         _layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
             x,
@@ -232,7 +232,7 @@ def _add_layer_norm(
     y = torch.empty_like(total)
     mean, rstd = _statistics(x)
     if x.numel():
-        rows, config = _launch_config("add_layer_norm", x)
+        rows, config = launch_config("add_layer_norm", x)
         width, x, residual = x.shape[-1], flatten_rows(x), flatten_rows(residual)
         _add_layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
             x,
@@ -256,7 +256,7 @@ def _add_layer_norm(
     return total, y, mean, rstd
 
 
-def _norm_backward(
+def norm_gradients(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) by torch's own LayerNorm backward from the saved statistics."""
@@ -275,7 +275,7 @@ def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _layer_norm_backward(ctx: Any, dy, dmean, drstd) -> tuple[Any, ...]:
     x, mean, rstd, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = _norm_backward(dy, x, mean, rstd, weight, bias, list(ctx.needs_input_grad[:3]))
+    dx, dweight, dbias = norm_gradients(dy, x, mean, rstd, weight, bias, list(ctx.needs_input_grad[:3]))
     return dx, dweight, dbias, None
 
 
@@ -289,7 +289,7 @@ def _add_layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
 def _add_layer_norm_backward(ctx: Any, dtotal, dy, dmean, drstd) -> tuple[Any, ...]:
     x, total, mean, rstd, weight, bias, scale = ctx.saved_tensors
     wanted = [True, *ctx.needs_input_grad[2:4]]
-    dsum, dweight, dbias = _norm_backward(dy, total, mean, rstd, weight, bias, wanted)
+    dsum, dweight, dbias = norm_gradients(dy, total, mean, rstd, weight, bias, wanted)
     dsum = dsum + dtotal
     x_dtype, residual_dtype = ctx.dtypes
     dx = (dsum if scale is None else dsum * scale).to(x_dtype)

@@ -13,9 +13,21 @@ and residual reads and writes M*N*e more. For ViT-B/16's fc1 at batch 256 (M = 5
 Two kernels, one epilogue. From sm_90 on: persistent programs, operands through tensor descriptors (TMA), the tile loop
 flattened into the K loop so that the next tile's loads start before the previous epilogue ends. Elsewhere, and where a
 descriptor cannot describe a tensor (rows not 16-byte aligned, exact fp32): one tile per program, `cp.async` pipeline.
+The second one also splits K, for a few rows of a long K: ViT-B/16's fc2 at batch 1 has 48 tiles of 64 x 64 for 132
+multiprocessors, each of which reads 786 KB; in three parts 144 programs read 262 KB each. The parts' sums are added in
+their own order by whichever program comes last, so that the result does not depend on timing. A third route is torch's
+own GEMM; a tuned config may choose it for a 16-bit shape.
+
+GELU in 16 bits: `max(x, 0) - t * Phi(-t)` with t = |x| and log2(Phi(-t)) a polynomial, 7 or 6 multiply-adds and one
+exp2 where erf takes about 30 instructions. Its error is below half an ulp of the output over every input, in the left
+tail too, where `1 + erf` cancels. fp32 outputs take erf.
+
+`norm_linear.py` has two more ops of the same kernels: LayerNorm folded into the GEMM that reads it, and the statistics
+for that from the GEMM that wrote its input: mean and sum of squared deviations of each STATS_WIDTH columns.
 
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (arXiv 1606.08415), section 2 for all three activations. The
-order of tiles for L2 reuse is that of Triton's matrix multiplication tutorial.
+order of tiles for L2 reuse is that of Triton's matrix multiplication tutorial. Statistics of groups are merged by Chan,
+Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
 """
 
 from dataclasses import dataclass
@@ -27,9 +39,12 @@ from torch import Tensor
 
 from ._config import arch, lookup, sm_count
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, flatten_rows, kernel_op
-from ._triton import TensorDescriptor, cdiv, tl, triton
+from ._triton import TensorDescriptor, cdiv, next_power_of_2, tl, triton
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
+
+STATS_WIDTH = 64
+"""Columns whose statistics are kept together: the narrowest tile's width, so that every tile has whole groups."""
 
 
 def activate_ref(x: Tensor, activation: str) -> Tensor:
@@ -59,9 +74,36 @@ def linear_ref(
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def _gelu_16(x, FP16: tl.constexpr):
+    # log2(Phi(-t)), Phi the normal distribution, by minimax fit: relative error of Phi 4.3e-5 up to 5.9, where fp16
+    # ends, or 5.7e-4 up to 13.3, where bf16 does
+    if FP16:
+        t = tl.minimum(tl.abs(x), 5.9)
+        q = 2.3604587113368325e-05 * t - 0.0006211158470250666
+        q = q * t + 0.007256273180246353
+        q = q * t - 0.05135330185294151
+        q = q * t - 0.4610641598701477
+        q = q * t - 1.1502671241760254
+        q = q * t - 1.0000580549240112
+    else:
+        t = tl.minimum(tl.abs(x), 13.3)
+        q = -3.1134069899962924e-07 * t + 1.7473374100518413e-05
+        q = q * t - 0.00041281749145127833
+        q = q * t + 0.005410489626228809
+        q = q * t - 0.044222135096788406
+        q = q * t - 0.4732973277568817
+        q = q * t - 1.142687439918518
+        q = q * t - 1.0008091926574707
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - t * tl.exp2(q)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
     if ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        if dtype == tl.float32:
+            return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        else:
+            return _gelu_16(x, dtype == tl.float16)
     elif ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) = sigmoid(2u)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -72,17 +114,71 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(acc, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm, ACTIVATION: tl.constexpr):
+def _merge_stats(means_ptr, squares_ptr, rows, M, K, eps, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    # (mean, rstd) of K elements from those of groups of WIDTH; means and squares: [M, ceil(K / WIDTH)]
+    count = tl.cdiv(K, WIDTH)
+    group = tl.arange(0, GROUPS)
+    at = tl.where(rows < M, rows, 0)[:, None] * count + group[None, :]
+    present = (group < count)[None, :]
+    means = tl.load(means_ptr + at, mask=present, other=0.0)  # [BLOCK_M, GROUPS]
+    squares = tl.load(squares_ptr + at, mask=present, other=0.0)
+    sizes = tl.maximum(tl.minimum(K - group * WIDTH, WIDTH), 0).to(tl.float32)[None, :]
+    mean = tl.sum(means * sizes, axis=1) / K
+    apart = means - mean[:, None]
+    rstd = tl.rsqrt(tl.sum(squares + sizes * apart * apart, axis=1) / K + eps)
+    return mean, rstd
+
+
+@triton.jit
+def store_stats(y, means_ptr, squares_ptr, rows, col, M, N, WIDTH: tl.constexpr):
+    # y: [BLOCK_M, BLOCK_N], rounded; col: its first column, a multiple of WIDTH
+    BLOCK_M: tl.constexpr = y.shape[0]
+    GROUPS: tl.constexpr = y.shape[1] // WIDTH
+    count = tl.cdiv(N, WIDTH)
+    group = col // WIDTH + tl.arange(0, GROUPS)
+    left = (N - group * WIDTH)[None, :, None]
+    inside = tl.arange(0, WIDTH)[None, None, :] < left
+    y = tl.where(inside, tl.reshape(y.to(tl.float32), (BLOCK_M, GROUPS, WIDTH)), 0.0)
+    sizes = tl.maximum(tl.minimum(left, WIDTH), 1).to(tl.float32)
+    mean = tl.sum(y, axis=2, keep_dims=True) / sizes  # [BLOCK_M, GROUPS, 1]
+    apart = tl.where(inside, y - mean, 0.0)
+    squares = tl.sum(apart * apart, axis=2)
+    at = rows[:, None] * count + group[None, :]
+    mask = (rows < M)[:, None] & (group < count)[None, :]
+    tl.store(means_ptr + at, tl.reshape(mean, (BLOCK_M, GROUPS)), mask=mask)
+    tl.store(squares_ptr + at, squares, mask=mask)
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    mean,
+    rstd,
+    colsum_ptr,
+    bias_ptr,
+    scale_ptr,
+    residual_ptr,
+    rows,
+    cols,
+    M,
+    N,
+    stride_rm,
+    ACTIVATION: tl.constexpr,
+    dtype: tl.constexpr,
+):
     # acc: [BLOCK_M, BLOCK_N] fp32; the activation stands between bias and scale
+    if colsum_ptr is not None:
+        colsum = tl.load(colsum_ptr + cols, mask=cols < N, other=0.0)
+        acc = rstd[:, None] * (acc - mean[:, None] * colsum[None, :])
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    acc = _activate(acc, ACTIVATION)
+    acc = _activate(acc, ACTIVATION, dtype)
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         acc += tl.load(residual_ptr + rows[:, None] * stride_rm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    return acc
+    return acc.to(dtype)
 
 
 @triton.jit
@@ -102,38 +198,81 @@ def _linear_fwd_kernel(
     bias_ptr,
     residual_ptr,
     scale_ptr,
+    means_ptr,
+    squares_ptr,
+    colsum_ptr,
     y_ptr,
+    y_means_ptr,
+    y_squares_ptr,
+    partials_ptr,
+    tickets_ptr,
     M,
     N,
     K,
     stride_xm,
     stride_wn,
     stride_rm,
+    eps,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_ids(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile = tl.program_id(0)
+    tile_m, tile_n = _tile_ids(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    if SPLIT_K == 1:
+        first = 0
+        last = k_tiles
+    else:
+        each = tl.cdiv(k_tiles, SPLIT_K)
+        first = tl.program_id(1) * each
+        last = tl.minimum(first + each, k_tiles)
+    ks = first * BLOCK_K + tl.arange(0, BLOCK_K)
     # rows and columns past the end read row 0: cheaper than a mask, and the store drops what they give
     x_ptrs = x_ptr + tl.where(rows < M, rows, 0)[:, None] * stride_xm + ks[None, :]  # [BLOCK_M, BLOCK_K]
     w_ptrs = weight_ptr + tl.where(cols < N, cols, 0)[None, :] * stride_wn + ks[:, None]  # [BLOCK_K, BLOCK_N]
+    ks = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
+    for k in range(first, last):
         left = K - k * BLOCK_K
         x = tl.load(x_ptrs, mask=(ks < left)[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=(ks < left)[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    y = _epilogue(acc, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm, ACTIVATION)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    is_last = True
+    if SPLIT_K > 1:
+        parts = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
+        parts += tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(parts + tl.program_id(1) * (BLOCK_M * BLOCK_N), acc)
+        # every thread's part is stored before one thread says so
+        tl.debug_barrier()
+        is_last = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
+    if is_last:
+        if SPLIT_K > 1:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for part in range(SPLIT_K):
+                acc += tl.load(parts + part * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+        mean = None
+        rstd = None
+        if means_ptr is not None:
+            mean, rstd = _merge_stats(means_ptr, squares_ptr, rows, M, K, eps, WIDTH, GROUPS)
+        y = _epilogue(
+            acc, mean, rstd, colsum_ptr, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm,
+            ACTIVATION, y_ptr.dtype.element_ty,
+        )  # fmt: skip
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
+        if y_means_ptr is not None:
+            store_stats(y, y_means_ptr, y_squares_ptr, rows, tile_n * BLOCK_N, M, N, WIDTH)
 
 
 @triton.jit
@@ -144,19 +283,28 @@ def _linear_fwd_tma_kernel(
     bias_ptr,
     residual_ptr,
     scale_ptr,
+    means_ptr,
+    squares_ptr,
+    colsum_ptr,
+    y_means_ptr,
+    y_squares_ptr,
     M,
     N,
     K,
     stride_rm,
+    eps,
     n_programs,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILE: tl.constexpr,
 ):
+    STORE_N: tl.constexpr = BLOCK_N // 2 if SUBTILE else BLOCK_N
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first = tl.program_id(0)
@@ -173,21 +321,26 @@ def _linear_fwd_tma_kernel(
         tile_m, tile_n = _tile_ids(done, tiles_m, tiles_n, GROUP_M)
         done += n_programs
         rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mean = None
+        rstd = None
+        if means_ptr is not None:
+            mean, rstd = _merge_stats(means_ptr, squares_ptr, rows, M, K, eps, WIDTH, GROUPS)
         if SUBTILE:
             # half a tile at a time: half the registers and half the shared memory of the store
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            col = tile_n * BLOCK_N
-            cols = col.to(tl.int64) + tl.arange(0, BLOCK_N // 2)
-            y = _epilogue(left, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm, ACTIVATION)
-            y_desc.store([tile_m * BLOCK_M, col], y.to(y_desc.dtype))
-            cols += BLOCK_N // 2
-            y = _epilogue(right, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm, ACTIVATION)
-            y_desc.store([tile_m * BLOCK_M, col + BLOCK_N // 2], y.to(y_desc.dtype))
+            accs = tl.split(halves)
         else:
-            cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            y = _epilogue(acc, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm, ACTIVATION)
-            y_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], y.to(y_desc.dtype))
+            accs = (acc,)
+        for half in tl.static_range(len(accs)):
+            col = tile_n * BLOCK_N + half * STORE_N
+            cols = col.to(tl.int64) + tl.arange(0, STORE_N)
+            y = _epilogue(
+                accs[half], mean, rstd, colsum_ptr, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm,
+                ACTIVATION, y_desc.dtype,
+            )  # fmt: skip
+            y_desc.store([tile_m * BLOCK_M, col], y)
+            if y_means_ptr is not None:
+                store_stats(y, y_means_ptr, y_squares_ptr, rows, col, M, N, WIDTH)
 
 
 @dataclass(frozen=True)
@@ -197,6 +350,8 @@ class Config:
     Attributes:
         tma: the persistent descriptor kernel instead of the pointer kernel.
         subtile: store the tile in two halves (descriptor kernel only).
+        split_k: parts of K that are summed by programs of their own (pointer kernel only).
+        library: torch's own GEMM instead, with the other fields unused; 16-bit, without statistics.
     """
 
     block_m: int
@@ -207,12 +362,14 @@ class Config:
     num_stages: int
     tma: bool = False
     subtile: bool = False
+    split_k: int = 1
+    library: bool = False
 
 
 def heuristic(
     m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, arch: int, tma: bool, sms: int
 ) -> Config:
-    """Tiles from the shape alone: the largest that still give every multiprocessor one.
+    """Tiles from the shape alone: the largest that still give every multiprocessor one; a long K is split for that.
 
     Args:
         m, n, k: the GEMM's sizes.
@@ -236,6 +393,10 @@ def heuristic(
         if arch == 120:
             return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True, subtile=wide)
         return Config(128, 128, 64, 8, num_warps=8, num_stages=4, tma=True, subtile=wide)
+    small = cdiv(m, 64) * cdiv(n, 64)
+    # each part keeps at least 16 rounds of the K loop: below that, adding the parts costs what splitting gains
+    if (split_k := min(4, cdiv(sms, small), k // 1024)) > 1 and not large:
+        return Config(64, 64, 64, 8, num_warps=4, num_stages=3, split_k=split_k)
     if tma:
         return Config(64, 64, 64, 8, num_warps=4, num_stages=3 if arch == 120 else 5, tma=True)
     if large:
@@ -243,7 +404,7 @@ def heuristic(
     return Config(64, 64, 64, 8, num_warps=4, num_stages=3)
 
 
-def _check_linear(
+def check_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -283,8 +444,28 @@ def _output_dtype(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> t
     return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
 
 
-@kernel_op("vitfast::linear", reference=linear_ref, check=_check_linear)
-def _linear(
+def library_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """`linear` by torch's GEMM and the epilogues that it has; what is left over costs passes of its own."""
+    x2d = flatten_rows(x)
+    if activation == "gelu_tanh" and bias is not None and x.is_cuda:
+        # torch's CPU form of this function is the erf one
+        y = torch._addmm_activation(bias, x2d, weight.t(), use_gelu=True)
+    elif residual is not None and residual.dtype == x.dtype and activation == "none" and scale is None:
+        y = torch.addmm(flatten_rows(residual), x2d, weight.t())
+        if bias is not None:
+            y += bias
+        residual = None
+    else:
+        y = activate_ref(F.linear(x2d, weight, bias), activation)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    if scale is not None:
+        y = y * scale
+    return y if residual is None else residual + y
+
+
+def launch_gemm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -292,34 +473,66 @@ def _linear(
     residual: Tensor | None,
     scale: Tensor | None,
     tf32: bool,
+    *,
+    stats: Tensor | None = None,
+    colsum: Tensor | None = None,
+    eps: float = 0.0,
+    y_stats: Tensor | None = None,
 ) -> Tensor:
+    """Allocate y and launch the GEMM of this file with any of its epilogues.
+
+    Args:
+        x, weight, bias, activation, residual, scale, tf32: as in `linear`; bias may be fp32.
+        stats: `[2, ..., ceil(K / STATS_WIDTH)]` fp32 of x's rows, which are normalised by them.
+        colsum: `[N]` fp32, sum of each row of `weight`; with `stats`.
+        eps: added to the variance; with `stats`.
+        y_stats: `[2, ..., ceil(N / STATS_WIDTH)]` fp32, receives those of y's rows.
+    """
     (n, k), shape = weight.shape, x.shape[:-1]
     y = torch.empty((*shape, n), dtype=_output_dtype(x, residual, scale), device=x.device)
     if y.numel() == 0:
         return y
-    x, y2d, weight = flatten_rows(x), y.view(-1, n), flatten_rows(weight)
-    residual = None if residual is None else flatten_rows(residual)
-    bias = None if bias is None else bias.contiguous()
-    scale = None if scale is None else scale.contiguous()
-    m, sms, precision = x.shape[0], sm_count(x.device), dot_precision(x.dtype, tf32)
+    x2d, y2d, weight = flatten_rows(x), y.view(-1, n), flatten_rows(weight)
+    m, sms, precision = x2d.shape[0], sm_count(x.device), dot_precision(x.dtype, tf32)
     capability = arch(x.device)
     # exact fp32 has no tensor-core form, so the pointer kernel serves it everywhere
     on_tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-    tma = capability >= 90 and k > 0 and on_tensor_cores and _describable(x, weight, y2d)
-    config = lookup(
-        "linear",
+    tma = capability >= 90 and k > 0 and on_tensor_cores and _describable(x2d, weight, y2d)
+    key = (
         f"m={m},n={n},k={k},{str(x.dtype)[6:]}"
         + ("" if y.dtype == x.dtype else f",{str(y.dtype)[6:]} out")
-        + ("" if tma else ",pointers"),
-        x.device,
-        Config,
-        lambda: heuristic(m, n, k, x.dtype, y.dtype, capability, tma, sms),
+        + ("" if tma else ",pointers")
+        + ("" if stats is None else ",norm")
+        + ("" if y_stats is None else ",stats")
     )
+    config = lookup(
+        "linear", key, x.device, Config, lambda: heuristic(m, n, k, x.dtype, y.dtype, capability, tma, sms)
+    )
+    store_n = config.block_n // 2 if config.subtile else config.block_n
+    if config.library:
+        if x.dtype == torch.float32 or stats is not None or y_stats is not None:
+            raise ValueError(f"linear: the config of {key!r} has library=True; expected in 16 bits without stats")
+        return library_linear(x, weight, bias, activation, residual, scale)
+    if y_stats is not None and store_n % STATS_WIDTH:
+        raise ValueError(f"linear: the config of {key!r} stores {store_n} columns; expected whole {STATS_WIDTH}s")
+    if config.tma and config.split_k > 1:
+        raise ValueError(f"linear: the config of {key!r} splits K in the descriptor kernel; expected tma or split_k")
+    residual = None if residual is None else flatten_rows(residual)
+    epilogue = (
+        None if bias is None else bias.contiguous(),
+        residual,
+        None if scale is None else scale.contiguous(),
+        *((None, None) if stats is None else stats),
+        colsum,
+    )
+    y_moments = (None, None) if y_stats is None else tuple(y_stats)
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     stride_rm = 0 if residual is None else residual.stride(0)
     common = {
         "ACTIVATION": activation,
         "PRECISION": precision,
+        "WIDTH": STATS_WIDTH,
+        "GROUPS": 1 if stats is None else next_power_of_2(stats.shape[-1]),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -329,27 +542,59 @@ def _linear(
     }
     if config.tma:
         programs = min(sms, tiles)
-        store_n = config.block_n // 2 if config.subtile else config.block_n
         _linear_fwd_tma_kernel[(programs,)](
-            TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+            TensorDescriptor.from_tensor(x2d, [config.block_m, config.block_k]),
             TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
             TensorDescriptor.from_tensor(y2d, [config.block_m, store_n]),
-            bias,
-            residual,
-            scale,
+            *epilogue,
+            *y_moments,
             m,
             n,
             k,
             stride_rm,
+            eps,
             programs,
             SUBTILE=config.subtile,
             **common,
         )
-    else:
-        _linear_fwd_kernel[(tiles,)](
-            x, weight, bias, residual, scale, y2d, m, n, k, x.stride(0), weight.stride(0), stride_rm, **common
-        )
+        return y
+    partials = tickets = None
+    if config.split_k > 1:
+        size = tiles * config.split_k * config.block_m * config.block_n
+        partials = torch.empty(size, dtype=torch.float32, device=x.device)
+        tickets = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    _linear_fwd_kernel[(tiles, config.split_k)](
+        x2d,
+        weight,
+        *epilogue,
+        y2d,
+        *y_moments,
+        partials,
+        tickets,
+        m,
+        n,
+        k,
+        x2d.stride(0),
+        weight.stride(0),
+        stride_rm,
+        eps,
+        SPLIT_K=config.split_k,
+        **common,
+    )
     return y
+
+
+@kernel_op("vitfast::linear", reference=linear_ref, check=check_linear)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    tf32: bool,
+) -> Tensor:
+    return launch_gemm(x, weight, bias, activation, residual, scale, tf32)
 
 
 def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -359,35 +604,53 @@ def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def linear_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias, dscale) where `needs` says so; the residual's gradient is dy."""
+    needs_x, needs_weight, needs_bias, needs_scale = needs
+    dscale = None
+    dz = dy if scale is None else dy * scale
+    if activation != "none" or needs_scale:
+        # one GEMM again instead of keeping the widest activation of the network
+        z = F.linear(x, weight, bias)
+        if needs_scale:
+            dscale = (dy * activate_ref(z, activation)).flatten(0, -2).sum(0).to(scale.dtype)  # type: ignore[union-attr]
+        if activation != "none":
+            dz = _activation_backward(dz.to(z.dtype), z, activation)
+    dz = dz.to(x.dtype)
+    dz2d = dz.flatten(0, -2) if dz.dim() > 1 else dz[None]
+    dx = dz @ weight if needs_x else None
+    dweight = dz2d.t() @ (x.flatten(0, -2) if x.dim() > 1 else x[None]) if needs_weight else None
+    dbias = dz2d.sum(0) if needs_bias else None
+    return dx, dweight, dbias, dscale
+
+
+def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """What `linear_backward` needs."""
     x, weight, bias, activation, residual, scale, _ = inputs
     ctx.save_for_backward(x, weight, bias, scale)
     ctx.activation = activation
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _linear_backward(ctx: Any, dy) -> tuple[Any, ...]:
+def linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """Gradients of `linear`'s arguments."""
     x, weight, bias, scale = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _, _, needs_scale, _ = ctx.needs_input_grad
+    needs = (needs_x, needs_weight, needs_bias, needs_scale)
+    dx, dweight, dbias, dscale = linear_gradients(dy, x, weight, bias, scale, ctx.activation, needs)
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    dscale = None
-    dz = dy if scale is None else dy * scale
-    if ctx.activation != "none" or needs_scale:
-        # one GEMM again instead of keeping the widest activation of the network
-        z = F.linear(x, weight, bias)
-        if needs_scale:
-            dscale = (dy * activate_ref(z, ctx.activation)).flatten(0, -2).sum(0).to(scale.dtype)
-        if ctx.activation != "none":
-            dz = _activation_backward(dz.to(z.dtype), z, ctx.activation)
-    dz = dz.to(x.dtype)
-    dz2d = dz.flatten(0, -2) if dz.dim() > 1 else dz[None]
-    dx = dz @ weight if needs_x else None
-    dweight = dz2d.t() @ (x.flatten(0, -2) if x.dim() > 1 else x[None]) if needs_weight else None
-    dbias = dz2d.sum(0) if needs_bias else None
     return dx, dweight, dbias, None, dresidual, dscale, None
 
 
-_linear.op.register_autograd(_linear_backward, setup_context=_linear_setup)
+_linear.op.register_autograd(linear_backward, setup_context=linear_setup)
 
 
 def linear(

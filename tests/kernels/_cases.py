@@ -22,7 +22,18 @@ from tests._close import assert_close
 from vitfast.kernels import INTERPRET
 
 Arguments = dict[str, Any]
-OPS = ("layer_norm", "add_layer_norm", "linear", "mlp", "attention", "attention_qkv", "patch_embed")
+OPS = (
+    "layer_norm",
+    "add_layer_norm",
+    "row_stats",
+    "linear",
+    "linear_stats",
+    "norm_linear",
+    "mlp",
+    "attention",
+    "attention_qkv",
+    "patch_embed",
+)
 
 
 def module(name: str) -> ModuleType:
@@ -30,7 +41,13 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"vitfast.kernels.{name}")
 
 
-FILES = tuple(module(name) for name in ("layer_norm", "linear", "attention", "patch_embed"))
+FILES = tuple(module(name) for name in ("layer_norm", "linear", "norm_linear", "attention", "patch_embed"))
+
+
+def file_of(op: str) -> ModuleType:
+    """The file whose `Config` and `heuristic` an op's launches use."""
+    shared = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm", "linear_stats": "linear"}
+    return module(shared.get(op, "linear" if op == "norm_linear" else op))
 
 
 class Data:
@@ -121,7 +138,7 @@ class Case:
     @property
     def dot(self) -> bool:
         """Whether the op multiplies matrices."""
-        return "layer_norm" not in self.op
+        return self.op not in ("layer_norm", "add_layer_norm", "row_stats")
 
 
 # layer_norm and add_layer_norm
@@ -239,6 +256,7 @@ def _linear(
     layouts: tuple[str, str] = ("dense", "dense"),
     wide: bool = False,
     real: bool = False,
+    stats: bool = False,
     **marks: bool,
 ) -> Case:
     def make(data: Data, batch: int) -> Arguments:
@@ -262,7 +280,7 @@ def _linear(
 
     wrt = ["x", "weight", *(["bias"] if bias else [])]
     wrt += (["residual"] if residual else []) + (["scale"] if scale else [])
-    return Case("linear", name, make, tuple(wrt), real, **marks)
+    return Case("linear_stats" if stats else "linear", name, make, tuple(wrt), real, **marks)
 
 
 LINEAR = [
@@ -300,6 +318,92 @@ LINEAR = [
     _linear("ViT-B-head", None, 768, 1000, real=True),
     # 1001 columns of output have no 16-byte rows: the pointer kernel on every target
     _linear("head-1001", 197, 768, 1001, real=True, interpret=False, core=True),
+]
+
+
+LINEAR_STATS = [
+    _linear("N1", 13, 31, 1, stats=True),
+    _linear("primes-gelu", 31, 67, 71, "gelu", residual="dense", scale=True, stats=True),
+    _linear("many-tiles", 201, 40, 200, residual="dense", stats=True),
+    _linear("x-pitch", 13, 64, 128, layouts=("pitch", "dense"), residual="ragged", stats=True),
+    _linear("residual-fp32", 31, 64, 72, residual="dense", scale=True, wide=True, stats=True),
+    _linear("ViT-Ti-proj", 197, 192, 192, residual="dense", stats=True, real=True),
+    _linear("ViT-B-proj", 197, 768, 768, residual="dense", scale=True, stats=True, real=True, interpret=False),
+    _linear("ViT-B-fc2", 197, 3072, 768, residual="dense", stats=True, real=True, interpret=False, core=True),
+    _linear("ViT-H-fc2", 257, 5120, 1280, residual="dense", stats=True, real=True, interpret=False),
+    _linear("ViT-S-fc2-fp32", 201, 1536, 384, residual="dense", wide=True, stats=True, real=True, interpret=False),
+]
+
+
+def _norm_linear(
+    name: str,
+    m: int,
+    k: int,
+    n: int,
+    activation: str = "none",
+    *,
+    weight: bool = True,
+    bias: bool = True,
+    wide: bool = False,
+    outliers: bool = False,
+    layout: str = "dense",
+    real: bool = False,
+    **marks: bool,
+) -> Case:
+    def make(data: Data, batch: int) -> Arguments:
+        parameters = torch.promote_types(data.dtype, torch.float32) if wide else None
+        x = data(batch, m, k, layout=layout, shift=0.5)
+        if outliers:
+            # what trained ViTs have: a few channels far above all others, in every token
+            x[..., 3::41] += 300.0
+        return {
+            "x": x,
+            "stats": kernels.row_stats_ref(x) if data.device == "meta" else kernels.row_stats(x),
+            "norm_weight": data(k, dtype=parameters, scale=0.2, shift=1.0) if weight else None,
+            "norm_bias": data(k, dtype=parameters) if weight and bias else None,
+            "eps": 1e-6,
+            "weight": data(n, k, scale=k**-0.5),
+            "bias": data(n) if bias else None,
+            "activation": activation,
+        }
+
+    wrt = ["x", "weight", *(["norm_weight"] if weight else []), *(["bias"] if bias else [])]
+    return Case("norm_linear", name, make, tuple(wrt), real, **marks)
+
+
+NORM_LINEAR = [
+    _norm_linear("K1", 7, 1, 31),
+    _norm_linear("primes", 31, 67, 71),
+    _norm_linear("primes-gelu", 31, 67, 71, "gelu"),
+    _norm_linear("no-affine", 13, 67, 31, weight=False),
+    _norm_linear("no-bias", 13, 67, 31, "gelu_tanh", bias=False),
+    _norm_linear("fp32-parameters", 13, 72, 31, wide=True),
+    _norm_linear("outliers", 31, 200, 71, outliers=True),
+    _norm_linear("x-pitch", 13, 136, 72, layout="pitch"),
+    _norm_linear("x-transposed", 31, 64, 72, layout="transposed"),
+    _norm_linear("ViT-Ti-qkv", 197, 192, 576, real=True),
+    _norm_linear("ViT-B-qkv", 197, 768, 2304, real=True, interpret=False, core=True),
+    _norm_linear("ViT-B-fc1", 197, 768, 3072, "gelu", real=True, interpret=False, core=True),
+    _norm_linear("ViT-B-fc1-outliers", 197, 768, 3072, "gelu", outliers=True, real=True, interpret=False),
+    _norm_linear("ViT-H-fc1", 257, 1280, 5120, "gelu", real=True, interpret=False),
+]
+
+
+def _row_stats(name: str, n: int, d: int, layout: str = "dense", real: bool = False) -> Case:
+    def make(data: Data, batch: int) -> Arguments:
+        return {"x": data(batch, n, d, layout=layout, shift=0.5)}
+
+    return Case("row_stats", name, make, (), real)
+
+
+ROW_STATS = [
+    _row_stats("D1", 7, 1),
+    _row_stats("D67-offset", 13, 67, "offset"),
+    _row_stats("D192-pitch", 13, 192, "pitch"),
+    _row_stats("D13-ragged", 7, 13, "ragged"),
+    _row_stats("D2049", 1, 2049),
+    _row_stats("ViT-B", 197, 768, real=True),
+    _row_stats("ViT-H", 257, 1280, real=True),
 ]
 
 
@@ -570,7 +674,10 @@ PATCH_EMBED = [
 CASES: dict[str, list[Case]] = {
     "layer_norm": LAYER_NORM,
     "add_layer_norm": ADD_LAYER_NORM,
+    "row_stats": ROW_STATS,
     "linear": LINEAR,
+    "linear_stats": LINEAR_STATS,
+    "norm_linear": NORM_LINEAR,
     "mlp": MLP,
     "attention": ATTENTION,
     "attention_qkv": ATTENTION_QKV,
@@ -625,9 +732,14 @@ def reference(op: str, **arguments: Any) -> Any:
     if op == "add_layer_norm":
         x, residual, weight, bias, scale = _pick(arguments, "x residual weight bias scale")
         return kernels.add_layer_norm_ref(x, residual, weight, bias, arguments.get("eps", 1e-6), scale)[:2]
-    if op == "linear":
+    if op == "row_stats":
+        return kernels.row_stats_ref(arguments["x"])
+    if op in ("linear", "linear_stats"):
         x, weight, bias, residual, scale = _pick(arguments, "x weight bias residual scale")
-        return kernels.linear_ref(x, weight, bias, arguments.get("activation", "none"), residual, scale, False)
+        function = getattr(kernels, f"{op}_ref")
+        return function(x, weight, bias, arguments.get("activation", "none"), residual, scale, False)
+    if op == "norm_linear":
+        return kernels.norm_linear_ref(**arguments, tf32=False)
     if op == "mlp":
         return kernels.mlp_ref(**arguments)
     if op == "attention":
@@ -669,7 +781,7 @@ def forward_backward(
     upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     if wrt:
-        torch.autograd.backward(outputs, upstream)
+        torch.autograd.backward(*zip(*((o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad)))
         for name in wrt:
             gradient = leaves[id(arguments[name])].grad
             assert gradient is not None, f"no gradient for {name}"
