@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vitfast.kernels
-from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, Case, module
+from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, Case, file_of, module
 from tests.kernels._compiler import TARGETS, Compiled, compiling, disassemble, meta
 from tests.kernels._ranges import overflows
 
@@ -225,6 +225,15 @@ def _huge(op: str) -> dict[str, Any]:
     if op == "linear":
         x = meta(3_000_000, 1024, dtype=bf16)
         return {"x": x, "weight": meta(1024, 1024, dtype=bf16), "bias": meta(1024, dtype=bf16), "residual": x}
+    if op in ("row_stats", "linear_stats", "norm_linear"):
+        x, w, vector = meta(3_000_000, 1024, dtype=bf16), meta(1024, 1024, dtype=bf16), meta(1024, dtype=bf16)
+        if op == "row_stats":
+            return {"x": x}
+        if op == "linear_stats":
+            return {"x": x, "weight": w, "bias": vector, "residual": x}
+        stats = meta(2, 3_000_000, 16, dtype=torch.float32)
+        norm = {"norm_weight": vector, "norm_bias": vector, "eps": 1e-6}
+        return {"x": x, "stats": stats, **norm, "weight": w, "bias": vector}
     if op == "attention":
         q, k, v = (meta(4096, 1370, 16, 64, dtype=bf16).transpose(1, 2) for _ in range(3))
         return {"q": q, "k": k, "v": v, "bias": meta(4096, 16, 1370, 1370, dtype=bf16)}
@@ -241,7 +250,7 @@ def _huge(op: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "linear", "attention", "attention_qkv", "patch_embed"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "mlp"])
 def test_offsets_past_32_bits(op: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _huge(op)
     assert max(t.numel() for t in arguments.values() if isinstance(t, torch.Tensor)) > 2**31
@@ -253,7 +262,7 @@ def test_offsets_past_32_bits(op: str, target: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "linear", "attention", "patch_embed"])
 def test_narrow_offsets_would_be_found(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = Path(module(op.removeprefix("add_")).__file__)
+    file = Path(file_of(op).__file__)
     source = file.read_text()
     assert ".to(tl.int64)" in source
     copy = tmp_path / f"narrow_{file.name}"
@@ -302,8 +311,10 @@ def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
     sizes = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", key)}
     words = [word for word in key.split(",") if "=" not in word]
     dtype = getattr(torch, words[0])
-    if op in ("layer_norm", "add_layer_norm"):
+    if op in ("layer_norm", "add_layer_norm", "row_stats"):
         x = meta(sizes["rows"], sizes["width"], dtype=dtype)
+        if op == "row_stats":
+            return {"x": x}, dtype
         w = meta(sizes["width"], dtype=dtype)
         arguments = {"x": x, "weight": w, "bias": w}
         return (arguments if op == "layer_norm" else {**arguments, "residual": x}), dtype
@@ -314,8 +325,12 @@ def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
         out = torch.float32 if "float32 out" in words else dtype
         residual = meta(m, n, dtype=out)
         scale = meta(n, dtype=dtype)
-        bias = meta(n, dtype=dtype)
-        return {"x": x, "weight": meta(n, k, dtype=dtype), "bias": bias, "residual": residual, "scale": scale}, dtype
+        arguments = {"x": x, "weight": meta(n, k, dtype=dtype), "bias": meta(n, dtype=dtype)}
+        if "norm" in words:
+            stats = meta(2, m, -(-k // 64), dtype=torch.float32)
+            w = meta(k, dtype=dtype)
+            return {**arguments, "stats": stats, "norm_weight": w, "norm_bias": w, "eps": 1e-6}, dtype
+        return {**arguments, "residual": residual, "scale": scale}, dtype
     if op == "attention":
         q = meta(2, sizes["n"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
         k = meta(2, sizes["s"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
@@ -331,17 +346,25 @@ def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
     }, dtype
 
 
+def _call_of_key(op: str, key: str) -> str:
+    """The public function whose launch has this key."""
+    words = key.split(",")
+    return "norm_linear" if "norm" in words else "linear_stats" if "stats" in words else op
+
+
 @pytest.mark.parametrize(("op", "device", "key", "entry"), _committed())
 def test_committed_config(
     op: str, device: str, key: str, entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = next(target for part, target in _DEVICES.items() if part in device)
-    file = module(op.removeprefix("add_"))
+    file = file_of(op)
     config = file.Config(**entry)
+    if getattr(config, "library", False):
+        pytest.skip("torch's own GEMM: nothing of ours is compiled")
     monkeypatch.setattr(file, "heuristic", lambda *args: config)
     arguments, dtype = _arguments_of_key(op, key)
     with compiling(target, monkeypatch, *FILES) as compiled:
-        getattr(vitfast.kernels, op)(**arguments)
+        getattr(vitfast.kernels, _call_of_key(op, key))(**arguments)
     (kernel,) = compiled
     check_resources(kernel, target)
     if op in ("linear", "attention", "patch_embed"):
@@ -355,13 +378,16 @@ def test_committed_config(
         ("add_layer_norm", "rows=50432,width=768,bfloat16"),
         ("linear", "m=50432,n=768,k=3072,bfloat16"),
         ("linear", "m=50432,n=768,k=3072,bfloat16,float32 out,pointers"),
+        ("linear", "m=50432,n=768,k=3072,bfloat16,stats"),
+        ("linear", "m=50432,n=2304,k=768,bfloat16,norm"),
+        ("row_stats", "rows=50432,width=768,bfloat16"),
         ("attention", "n=197,s=197,d=64,float16,bias"),
         ("patch_embed", "patches=50176,width=768,k=768,bfloat16"),
     ],
 )
 def test_calls_of_committed_keys_ask_for_them(op: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # the sweep above is only as good as the calls it makes of keys
-    file = module(op.removeprefix("add_"))
+    file = file_of(op)
     asked = []
 
     def lookup(name: str, shape: str, device: torch.device, config: Any, heuristic: Any) -> Any:
@@ -371,5 +397,5 @@ def test_calls_of_committed_keys_ask_for_them(op: str, key: str, monkeypatch: py
     monkeypatch.setattr(file, "lookup", lookup)
     arguments, _ = _arguments_of_key(op, key)
     with compiling("sm_90", monkeypatch, *FILES):
-        getattr(vitfast.kernels, op)(**arguments)
+        getattr(vitfast.kernels, _call_of_key(op, key))(**arguments)
     assert asked == [(op, key)]

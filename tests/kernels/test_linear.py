@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests._close import assert_close
 from tests.kernels._cases import LINEAR, Case, Lane, across_lanes, check, module
 from vitfast.kernels import INTERPRET, linear
+from vitfast.kernels._triton import tl, triton
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
 FILE = module("linear")
+_gelu_16 = FILE._gelu_16
 
 
 @across_lanes("linear")
@@ -49,6 +52,64 @@ def test_descriptor_kernel(case: Case, subtile: bool, poisoned: None, monkeypatc
     check(case, "cpu", torch.float16)
     if "x-pitch" in case.name or "many-tiles" in case.name:
         assert ran, "the descriptor kernel did not run"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("split_k", [2, 3, 7])
+@pytest.mark.parametrize("case", DESCRIBED, ids=str)
+def test_split_k(case: Case, split_k: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # more parts than some of the K loops have rounds
+    config = FILE.Config(32, 16, 16, 2, num_warps=4, num_stages=2, split_k=split_k)
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: config)
+    check(case, "cpu", torch.float16)
+
+
+@pytest.mark.interpret
+def test_parts_are_added_in_their_own_order(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # whoever comes last: adding as they come would give another sum of these in each order
+    x = torch.tensor([[1e8, 1.0, -1e8, 1.0]]).repeat_interleave(16, 1)
+    config = FILE.Config(16, 16, 16, 1, num_warps=4, num_stages=1, split_k=4)
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: config)
+    weight = torch.zeros(1, 64)
+    weight[0, ::16] = 1.0
+    assert linear(x, weight).item() == ((torch.tensor(1e8) + 1.0) - 1e8 + 1.0).item()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, pytest.param(torch.float32, marks=reference_lane)], ids=str
+)
+@pytest.mark.parametrize("case", [case for case in LINEAR if case.interpret], ids=str)
+def test_library_route(case: Case, dtype: torch.dtype) -> None:
+    arguments = case.arguments(dtype, "cpu")
+    names = ("x", "weight", "bias", "activation", "residual", "scale")
+
+    def call(function: Any, to: torch.dtype | None = None) -> torch.Tensor:
+        values = [arguments[name] for name in names]
+        return function(*(v.to(to) if to and isinstance(v, torch.Tensor) else v for v in values))
+
+    def reference(*values: Any) -> torch.Tensor:
+        return FILE.linear_ref(*values, False)
+
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    actual = call(FILE.library_linear)
+    assert_close(actual, call(reference, torch.float64), call(reference))
+    assert actual.shape == call(reference).shape
+    for name, value in before.items():
+        assert torch.equal(arguments[name], value), f"{name} was written to"
+
+
+@pytest.mark.interpret
+def test_library_route_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FILE.Config(16, 16, 16, 1, num_warps=4, num_stages=1, library=True)
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: config)
+    calls = []
+    monkeypatch.setattr(FILE, "library_linear", lambda *args: calls.append(args) or args[0].clone())
+    x, weight = torch.randn(3, 16, dtype=torch.float16), torch.randn(16, 16, dtype=torch.float16)
+    linear(x, weight)
+    assert len(calls) == 1
+    # torch's switch, not the argument, decides what its fp32 products are
+    with pytest.raises(ValueError, match=r"the config of 'm=3,.*float32.*' has library=True; expected in 16 bits"):
+        linear(x.float(), weight.float(), tf32=True)
 
 
 @pytest.mark.interpret
@@ -175,3 +236,43 @@ def test_heuristic_is_a_valid_config(arch: int, dtype: torch.dtype, m: int, n: i
             for size in (config.block_m, config.block_n, config.block_k):
                 assert size >= 16 and size & (size - 1) == 0, config
             assert not config.tma or tma, "a descriptor kernel for tensors without descriptors"
+            assert config.split_k == 1, "768 is too short to be split"
+
+
+def test_a_long_k_is_split_where_tiles_are_few() -> None:
+    def split(m: int, n: int, k: int) -> int:
+        return FILE.heuristic(m, n, k, torch.bfloat16, torch.bfloat16, 90, True, 132).split_k
+
+    assert split(197, 768, 3072) == 3
+    assert split(197, 1024, 4096) == 3
+    assert split(197, 3072, 768) == split(50432, 768, 3072) == 1
+    assert split(1, 1000, 768) == 1
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, y_ptr, FP16: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, _gelu_16(tl.load(x_ptr + at), FP16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interpret), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_gelu_in_16_bits_is_right_to_half_an_ulp(device: str, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every.float().to(device)
+    y = torch.empty_like(x)
+    _gelu_kernel[(16,)](x, y, FP16=dtype == torch.float16, BLOCK=4096)
+    x, y = x.double().cpu(), y.double().cpu()
+    assert y[x.isnan()].isnan().all()
+    assert y[x == torch.inf].item() == torch.inf
+    finite = x.isfinite()
+    x, y = x[finite], y[finite]
+    # x * Phi(x) without the cancellation of 1 + erf
+    truth = x * torch.special.log_ndtr(x).exp()
+    info = torch.finfo(dtype)
+    # the spacing of dtype at the truth; what is below its smallest normal number has that one's
+    ulp = 2.0 ** truth.abs().clamp(min=info.smallest_normal).log2().floor() * info.eps
+    worst = ((y - truth).abs() / ulp).max().item()
+    assert worst < 0.5, f"{worst:.3f} ulp"
