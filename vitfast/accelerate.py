@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Match, match
-from .layers import KINDS, FusedLayer, overridden
+from .kernels import unfold
+from .layers import KINDS, FusedLayer, FusedModel, FusedPatchEmbed, overridden
 from .precision import Precision, get_precision
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -130,6 +132,7 @@ def accelerate(
     *,
     precision: str | None = None,
     only: Collection[str] | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     compile: bool = False,
     strict: bool = False,
 ) -> Model:
@@ -144,8 +147,14 @@ def accelerate(
         precision: `"fp32"`, `"tf32"`, `"bf16"` or `"fp16"`: casts parameters and floating-point buffers once, as
             `model.to(dtype)` does (they stay the same objects), and keeps the original data for `restore`. None leaves
             every dtype as it is.
-        only: kinds of replacement to switch on, out of `"patch_embed"`, `"layer_norm"`, `"attention"`, `"mlp"` and
-            `"block"`; default all. A further call adds to what is switched on.
+        only: kinds of replacement to switch on; default all. A further call adds to what is switched on.
+            `"patch_embed"`, `"layer_norm"`, `"attention"`, `"mlp"` and `"block"` are modules; `"fold"` folds each block's
+            LayerNorms into the linear layers behind them, in inference on a GPU; `"tail"` has the last block compute
+            the class token alone, where nothing else is read. Both work on blocks that are replaced as a whole.
+        normalize: mean and standard deviation per channel, for pixels between 0 and 1 (`vitfast.image_spec` knows a
+            model's). The model then takes uint8 pixels `[B, C, H, W]` too, 0 to 255, and the patch-embed kernel
+            normalises them. NCHW and channels_last are read in place, so an NHWC batch goes in as
+            `batch.permute(0, 3, 1, 2)`. Floating-point pixels mean what they did. A further call replaces the numbers.
         compile: also compile the model's forward (`model.compile()`), so the state dict has no `_orig_mod.` prefix.
         strict: raise if a module of a selected kind cannot be replaced, and replace nothing.
 
@@ -155,7 +164,8 @@ def accelerate(
     Raises:
         TypeError: `model` is no `torch.nn.Module`, or a scripted one.
         ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model
-            that was cast to another precision before.
+            that was cast to another precision before; `normalize` with wrong numbers or without a patch embedding that
+            is replaced.
     """
     _check_model(model)
     selected = _kinds(only)
@@ -166,7 +176,7 @@ def accelerate(
             f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}"
         )
 
-    found = [(name, module, m) for name, module, m in _matches(model) if m.kind in selected]
+    found = [(name, module, m) for name, module, m in _matches(model) if selected.intersection(_serves(m))]
     if strict:
         refused = [
             f"{name or '(model)'} ({type(module).__name__}): {m.reason}" for name, module, m in found if m.reason
@@ -175,9 +185,16 @@ def accelerate(
             raise ValueError("strict: these modules cannot be replaced: " + "; ".join(refused))
         if not found and not any(isinstance(module, FusedLayer) for module in model.modules()):
             raise ValueError(f"strict: nothing in this {type(model).__name__} can be replaced")
+    embeds = [] if normalize is None else _uint8_embeds(model, found, normalize)
     for _, module, m in found:
         if m.fused is not None:
             module.__class__ = m.fused
+    for module in model.modules():
+        if isinstance(module, FusedModel):
+            module.fold = module.fold or "fold" in selected
+            module.tail = module.tail or "tail" in selected
+    for embed in embeds:
+        embed.set_normalize(normalize)
 
     if policy:
         # a further call casts what was put into the model since
@@ -217,7 +234,13 @@ def restore(model: Model) -> Model:
         # a class made around the fused one (FSDP's, a parametrisation's) is its maker's to undo
         replaces = vars(type(module)).get("replaces")
         if isinstance(module, FusedLayer) and replaces is not None:
-            module.__dict__.pop("tf32", None)
+            for name in ("tf32", "fold", "tail"):
+                module.__dict__.pop(name, None)
+            if isinstance(module, FusedModel):
+                for parameter in module.parameters():
+                    unfold(parameter)
+            if isinstance(module, FusedPatchEmbed):
+                module.set_normalize(None)
             module.__class__ = replaces
     state: _State | None = model.__dict__.pop(_STATE, None)
     if state is not None:
@@ -235,6 +258,11 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError("a scripted model cannot be accelerated; accelerate it before torch.jit.script")
 
 
+def _serves(found: Match) -> tuple[str, ...]:
+    """The kinds for whose sake a module is replaced."""
+    return FusedModel.serves if found.kind == FusedModel.kind else (found.kind,)
+
+
 def _kinds(only: Collection[str] | None) -> frozenset[str]:
     if only is None:
         return frozenset(KINDS)
@@ -244,6 +272,30 @@ def _kinds(only: Collection[str] | None) -> frozenset[str]:
     if unknown:
         raise ValueError(f"only: unknown kind {unknown[0]!r}; expected some of {', '.join(KINDS)}")
     return frozenset(only)
+
+
+def _uint8_embeds(
+    model: nn.Module, found: list[tuple[str, nn.Module, Match]], normalize: tuple[Sequence[float], Sequence[float]]
+) -> list[Any]:
+    """The patch embeddings that are fused, or will be, and shall normalise; raises where one cannot."""
+    stems: list[tuple[str, Any, Any]] = [
+        (name, module, type(module)) for name, module in model.named_modules() if isinstance(module, FusedPatchEmbed)
+    ]
+    stems += [(name, module, m.fused) for name, module, m in found if m.fused and issubclass(m.fused, FusedPatchEmbed)]
+    convolved = [f"{name or '(model)'}: {why}" for name, stem, fused in stems for why in fused.why_convolved(stem)]
+    if convolved or not stems:
+        declined = [f"{name or '(model)'}: {m.reason}" for name, _, m in found if m.kind == "patch_embed" and m.reason]
+        reasons = "; ".join(convolved + declined) or "there is none"
+        raise ValueError(f"normalize: uint8 pixels need a replaced patch embedding ({reasons})")
+    if len(normalize) != 2:
+        raise ValueError(f"normalize={normalize!r}; expected (mean, std)")
+    for what, values in zip(("mean", "std"), normalize, strict=True):
+        channels = stems[0][1].proj.in_channels
+        if len(values) != channels or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"normalize: {what} is {tuple(values)}; expected {channels} numbers, one per channel")
+    if min(normalize[1]) <= 0.0:
+        raise ValueError(f"normalize: std is {tuple(normalize[1])}; expected positive numbers")
+    return [stem for _, stem, _ in stems]
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, str, Tensor]]:

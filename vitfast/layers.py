@@ -11,15 +11,17 @@ the place of a linear one, active dropout), it calls those modules as the origin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import kernels
 
-KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block")
+KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -86,7 +88,7 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     """What every fused layer has.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or "model".
         replaces: the class in whose place it stands.
         tf32: lets fp32 products run in tf32 on CUDA (precision "tf32").
     """
@@ -116,11 +118,24 @@ class FusedLayerNorm(FusedLayer):
 
 
 class FusedPatchEmbed(FusedLayer):
-    """Patch embedding as an implicit GEMM: `vitfast.kernels.patch_embed`."""
+    """Patch embedding as an implicit GEMM: `vitfast.kernels.patch_embed`.
+
+    With `accelerate(normalize=...)` it holds mean and std in a buffer outside the state dict, and takes uint8 pixels.
+    """
 
     kind = "patch_embed"
     patch_size: Any
     proj: Any
+
+    def set_normalize(self, normalize: tuple[Sequence[float], Sequence[float]] | None) -> None:
+        """Take uint8 pixels, with this mean and std per channel for pixels between 0 and 1; None: take none any more."""
+        if normalize is None:
+            if "pixel_norm" in self._buffers:
+                del self.pixel_norm
+            return
+        norm = torch.tensor([list(values) for values in normalize], device=self.proj.weight.device, dtype=torch.float32)
+        # as bytes, since what casts a model casts its floating-point buffers
+        self.register_buffer("pixel_norm", norm.view(torch.uint8), persistent=False)
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the original would of these pixels."""
@@ -128,12 +143,13 @@ class FusedPatchEmbed(FusedLayer):
         return (
             not symbolic(pixels)
             and pixels.dim() == 4
-            and pixels.is_floating_point()
+            and (pixels.is_floating_point() or (pixels.dtype == torch.uint8 and "pixel_norm" in self._buffers))
             and pixels.shape[1] == self.proj.in_channels
-            and not self._why_convolved()
+            and not self.why_convolved()
         )
 
-    def _why_convolved(self) -> list[str]:
+    def why_convolved(self) -> list[str]:
+        """Why `proj` is called as a module, in a sentence each; empty where the kernel runs."""
         if limits := _why_called("proj", self.proj, nn.Conv2d):
             return limits
         proj, patch = self.proj, tuple(self.patch_size)
@@ -146,10 +162,14 @@ class FusedPatchEmbed(FusedLayer):
 
     def tokens(self, pixels: Tensor, prefix: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`, with prefix tokens `[T, D]` and position embeddings `[N or T + N, D]`."""
-        return kernels.patch_embed(pixels, self.proj.weight, self.proj.bias, prefix, pos_embed, tf32=self.tf32)
+        mean = std = None
+        if pixels.dtype == torch.uint8:
+            mean, std = self._buffers["pixel_norm"].view(torch.float32).unbind()  # type: ignore[union-attr]
+        proj = self.proj
+        return kernels.patch_embed(pixels, proj.weight, proj.bias, prefix, pos_embed, mean, std, tf32=self.tf32)
 
     def limits(self) -> list[str]:
-        return self._why_convolved()
+        return self.why_convolved()
 
 
 class FusedAttention(FusedLayer):
@@ -172,7 +192,10 @@ class FusedAttention(FusedLayer):
 
     def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """`residual + scale * attention(x)`, `[B, N, D]` to `[B, N, D]`."""
-        out = self.core(_linear(self.qkv, x, None, None, self.tf32))
+        return self.project(self.core(_linear(self.qkv, x, None, None, self.tf32)), residual, scale)
+
+    def project(self, out: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        """`residual + scale * proj(out)`, `[B, N, H * d]` to `[B, N, D]`."""
         if _inactive(self.proj_drop):
             return _linear(self.proj, out, residual, scale, self.tf32)
         return _residual(self.proj_drop(_linear(self.proj, out, None, None, self.tf32)), residual, scale)
@@ -180,9 +203,28 @@ class FusedAttention(FusedLayer):
     def core(self, qkv: Tensor) -> Tensor:
         """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
         if plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity):
-            return kernels.attention_qkv(qkv, self.num_heads, self.scale, tf32=self.tf32)
+            return self.merged(kernels.attention_qkv(qkv, self.num_heads, self.scale, tf32=self.tf32))
         q, k, v = self.heads(qkv)
-        return kernels.attention(q, k, v, self.scale, tf32=self.tf32).transpose(1, 2).flatten(2)
+        return self.merged(kernels.attention(q, k, v, self.scale, tf32=self.tf32).transpose(1, 2).flatten(2))
+
+    def whole(self) -> bool:
+        """Whether `first` may stand for `core`: no token's query is treated by where it stands."""
+        return True
+
+    def merged(self, out: Tensor) -> Tensor:
+        """What the model does to the merged heads `[B, N, H * d]`: nothing, here."""
+        return out
+
+    def first(self, x: Tensor, kept: int) -> Tensor:
+        """`core` for the queries of the first tokens alone: normed `[B, N, D]` to `[B, kept, H * d]`."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        width = weight.shape[0] // 3
+        q = kernels.linear(x[:, :kept], weight[:width], None if bias is None else bias[:width], tf32=self.tf32)
+        kv = kernels.linear(x, weight[width:], None if bias is None else bias[width:], tf32=self.tf32)
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        out = kernels.attention(self.q_norm(q), self.k_norm(k), v, self.scale, tf32=self.tf32)
+        return self.merged(out.transpose(1, 2).flatten(2))
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v `[B, H, N, d]`, q and k normalised where the model does that."""
@@ -291,6 +333,73 @@ class FusedBlock(FusedLayer):
             return self.mlp.fused(self.norm2(x) if normed is None else normed, x, gamma)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x) if normed is None else normed)))
 
+    def whole(self) -> bool:
+        """Whether everything in this block is known: nothing but a norm or an identity is called as a module."""
+        attn, mlp = self.attn, self.mlp
+        return (
+            self._takes_residual(attn)
+            and isinstance(attn, FusedAttention)
+            and self._takes_residual(mlp)
+            and isinstance(mlp, FusedMlp)
+            and plain(attn.qkv, nn.Linear)
+            and plain(attn.proj, nn.Linear)
+            and plain(mlp.fc1, nn.Linear)
+            and plain(mlp.fc2, nn.Linear)
+            and mlp.activation(mlp.act) is not None
+            and all(_inactive(drop) for drop in (attn.proj_drop, mlp.drop1, mlp.drop2))
+            and all(_inactive(path, self.drop_path, "drop_prob") for path in (self.drop_path1, self.drop_path2))
+            and self._scale(self.ls1)[0]
+            and self._scale(self.ls2)[0]
+            and not any(hooked(module) for module in self.modules())
+        )
+
+    def sliceable(self) -> bool:
+        """Whether `first` computes what `fused` does: all but the attention works token by token."""
+        norms = (self.norm1, self.norm2)
+        return self.whole() and self.attn.whole() and all(isinstance(norm, nn.LayerNorm) for norm in norms)
+
+    def foldable(self, x: Tensor) -> bool:
+        """Whether both norms can be folded into the layers that read them, for these tokens."""
+        if not self.whole():
+            return False
+        weight = self.attn.qkv.weight
+        return (
+            x.dtype == weight.dtype == self.mlp.fc1.weight.dtype
+            # inference tensors do not say when they change
+            and not weight.is_inference()
+            and all(
+                isinstance(norm, FusedLayerNorm) and (norm.weight is None or not norm.weight.is_inference())
+                for norm in (self.norm1, self.norm2)
+            )
+        )
+
+    def folded(self, x: Tensor, stats: Tensor | None, last: bool) -> tuple[Tensor, Tensor | None]:
+        """`fused` without a normalised tensor: `(tokens [B, N, D], their statistics or None after the last block)`."""
+        attn, mlp, norm = self.attn, self.mlp, self.norm1
+        stats = kernels.row_stats(x) if stats is None else stats
+        qkv, fc1 = attn.qkv, mlp.fc1
+        out = kernels.norm_linear(
+            x, stats, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, tf32=attn.tf32
+        )
+        out = attn.core(out)
+        proj, gamma = attn.proj, self._scale(self.ls1)[1]
+        x, stats = kernels.linear_stats(out, proj.weight, proj.bias, residual=x, scale=gamma, tf32=attn.tf32)
+        norm, activation = self.norm2, mlp.activation(mlp.act)
+        out = kernels.norm_linear(
+            x, stats, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, activation, tf32=mlp.tf32
+        )
+        out = mlp.between(out)
+        gamma, fc2 = self._scale(self.ls2)[1], mlp.fc2
+        if last:
+            return kernels.linear(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32), None
+        return kernels.linear_stats(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32)
+
+    def first(self, x: Tensor, kept: int) -> Tensor:
+        """`fused` for the first tokens alone, which is exact: `[B, N, D]` to `[B, kept, D]`."""
+        attn = self.attn
+        x = attn.project(attn.first(self.norm1(x), kept), x[:, :kept], self._scale(self.ls1)[1])
+        return self.mlp.fused(self.norm2(x), x, self._scale(self.ls2)[1])
+
     @staticmethod
     def _takes_residual(branch: nn.Module) -> bool:
         if hooked(branch):
@@ -310,3 +419,63 @@ class FusedBlock(FusedLayer):
             if rate:
                 limits.append(f"{name} {rate:.3g}: its residual is added outside the kernel in training")
         return limits
+
+
+class FusedModel(FusedLayer):
+    """A model around blocks that stand in `self.blocks`: what two of them share, and what nobody reads.
+
+    Attributes:
+        fold: fold LayerNorms into the GEMMs behind them, with statistics handed from block to block. It needs weights
+            that stay as they are while it runs, so it is for inference, and not for `torch.compile`, whose graphs
+            would not see weights change.
+        tail: where only pooled class tokens are asked for, the last block computes those alone.
+    """
+
+    kind = "model"
+    serves: ClassVar = ("patch_embed", "fold", "tail")
+    fold: bool = False
+    tail: bool = False
+    blocks: Any
+    norm: Any
+
+    def pooled_tokens(self) -> int | None:
+        """How many leading tokens the head reads, or None where it may read all."""
+        raise NotImplementedError
+
+    def kept(self) -> int | None:
+        """`pooled_tokens`, where the last block may leave the others out."""
+        # in training dropout draws for every token
+        count = self.pooled_tokens() if self.tail and not self.training else None
+        blocks = self.blocks
+        if count is None or not plain(blocks, nn.Sequential) or not len(blocks) or hooked(self.norm):
+            return None
+        if any(name in vars(self) for name in ("forward_features", "forward_head", "pool")):
+            # somebody put a function of their own in the place of a step
+            return None
+        last = blocks[-1]
+        return count if isinstance(last, FusedBlock) and last.sliceable() else None
+
+    def encode(self, x: Tensor, kept: int | None = None) -> Tensor:
+        """All blocks: `[B, N, D]` to `[B, N, D]`, or to `[B, kept, D]`."""
+        folds = self.fold and self._may_fold(x)
+        if kept is None and not folds:
+            return self.blocks(x)
+        stats = None
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            if i == last and kept is not None:
+                return block.first(x, kept)
+            if folds and isinstance(block, FusedBlock) and block.foldable(x):
+                x, stats = block.folded(x, stats, i == last or (i == last - 1 and kept is not None))
+            else:
+                x, stats = block(x), None
+        return x
+
+    def _may_fold(self, x: Tensor) -> bool:
+        return (
+            (x.is_cuda or kernels.INTERPRET)
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(x.device.type)
+            and plain(self.blocks, nn.Sequential)
+        )

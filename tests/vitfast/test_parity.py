@@ -175,7 +175,7 @@ def test_the_model_stays_as_it_was() -> None:
 def test_only_and_models_without_classes() -> None:
     model, pixels = model_and_pixels(num_classes=0)
     found = parity(model, pixels, only={"mlp", "patch_embed"})
-    assert {r.kind for r in found.modules} == {"mlp", "patch_embed"}
+    assert {r.kind for r in found.modules} == {"mlp", "patch_embed", "model"}
     assert row(found, "").comparison.ok
     assert found.top1 is None
     assert "top-1" not in str(found)

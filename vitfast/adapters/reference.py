@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,10 @@ class FusedReferenceAttention(layers.FusedAttention, model.Attention):
     """`vitfast.model.Attention`, with its relative position logits as the kernel's bias."""
 
     replaces = model.Attention
+
+    def whole(self) -> bool:
+        """Relative logits are a query's own."""
+        return self.rel_pos_embed is None
 
     def core(self, qkv: Tensor) -> Tensor:
         """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
@@ -64,11 +69,29 @@ class FusedReferenceBlock(layers.FusedBlock, model.Block):
         return self.fused(x)
 
 
-class FusedReferenceVisionTransformer(layers.FusedLayer, model.VisionTransformer):
+class FusedReferenceVisionTransformer(layers.FusedModel, model.VisionTransformer):
     """`vitfast.model.VisionTransformer`: prefix tokens and position embedding written by the patch-embed kernel."""
 
-    kind = "patch_embed"
     replaces = model.VisionTransformer
+
+    def pooled_tokens(self) -> int | None:
+        """1 where the class token is the pooled output, 2 with a distillation token."""
+        if self.dist_token is not None:
+            return 2
+        return 1 if self.global_pool == "token" and self.attn_pool is None else None
+
+    def forward(self, x: Tensor) -> Any:
+        """`[B, C, H, W]` to logits; the last block computes what the head reads."""
+        kept = None if layers.symbolic(x) or self.grad_checkpointing or self.pos_embed_at != "stem" else self.kept()
+        if kept is None:
+            return super().forward(x)
+        x = self.norm_pre(self.pos_drop(self.embed(x)))
+        return self.forward_head(self.norm(self.encode(x, kept)))
+
+    def _encode(self, pixels: Tensor, depth: int, take: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        if take or self.grad_checkpointing or self.pos_embed_at != "stem" or layers.symbolic(pixels):
+            return super()._encode(pixels, depth, take)
+        return self.encode(self.norm_pre(self.pos_drop(self.embed(pixels)))), []
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Equation 1: `[B, C, H, W]` to `[B, T + N, D]`."""

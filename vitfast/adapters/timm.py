@@ -57,9 +57,9 @@ class FusedTimmAttention(layers.FusedAttention, timm.layers.Attention):
 
     replaces = timm.layers.Attention
 
-    def core(self, qkv: Tensor) -> Tensor:
-        """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
-        return self.norm(super().core(qkv))
+    def merged(self, out: Tensor) -> Tensor:
+        """timm's optional norm of the merged heads."""
+        return self.norm(out)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
@@ -101,10 +101,9 @@ class FusedTimmBlock(layers.FusedBlock, vision_transformer.Block):
         return self.fused(x)
 
 
-class _FusedEmbedding(layers.FusedLayer):
-    """`forward_features` with prefix tokens and position embedding written by the patch-embed kernel."""
+class _FusedModel(layers.FusedModel):
+    """Prefix tokens and position embedding written by the patch-embed kernel, blocks run by `encode`."""
 
-    kind = "patch_embed"
     patch_embed: Any
     pos_embed: Any
     cls_token: Any
@@ -113,10 +112,32 @@ class _FusedEmbedding(layers.FusedLayer):
     def _prefix(self) -> list[Tensor]:
         return [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
 
+    def pooled_tokens(self) -> int | None:
+        """1 where the class token is the pooled output."""
+        return 1 if self.global_pool == "token" and self.attn_pool is None else None
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`."""
-        if attn_mask is not None or is_causal:
+        if attn_mask is not None or is_causal or layers.symbolic(x):
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        return self._features(x, None)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """`[B, C, H, W]` to logits; the last block computes what the head reads."""
+        kept = None if attn_mask is not None or is_causal or layers.symbolic(x) else self.kept()
+        if kept is None or self.grad_checkpointing:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        return self.forward_head(self._features(x, kept))
+
+    def _features(self, x: Tensor, kept: int | None) -> Tensor:
+        tokens = self._embed(x)
+        if self.grad_checkpointing:
+            tokens = checkpoint_seq(self.blocks, tokens)
+        else:
+            tokens = self.encode(tokens, kept)
+        return self.norm(tokens)
+
+    def _embed(self, x: Tensor) -> Tensor:
         stem = self.patch_embed
         if (
             not isinstance(stem, FusedTimmPatchEmbed)
@@ -125,7 +146,7 @@ class _FusedEmbedding(layers.FusedLayer):
             or "_pos_embed" in vars(self)
             or not stem.fusable(x)
         ):
-            return super().forward_features(x)  # type: ignore[misc]
+            return self.norm_pre(self.patch_drop(self._pos_embed(stem(x))))
         pos = self.pos_embed
         if pos is not None and self.dynamic_img_size:
             pos = resample_abs_pos_embed(
@@ -142,24 +163,26 @@ class _FusedEmbedding(layers.FusedLayer):
         )
         # timm adds no dropout where there is no position embedding
         tokens = tokens if pos is None else self.pos_drop(tokens)
-        tokens = self.norm_pre(self.patch_drop(tokens))
-        tokens = checkpoint_seq(self.blocks, tokens) if self.grad_checkpointing else self.blocks(tokens)
-        return self.norm(tokens)
+        return self.norm_pre(self.patch_drop(tokens))
 
 
-class FusedTimmVisionTransformer(_FusedEmbedding, vision_transformer.VisionTransformer):
+class FusedTimmVisionTransformer(_FusedModel, vision_transformer.VisionTransformer):
     """`timm.models.vision_transformer.VisionTransformer`."""
 
     replaces = vision_transformer.VisionTransformer
 
 
-class FusedTimmVisionTransformerDistilled(_FusedEmbedding, deit.VisionTransformerDistilled):
+class FusedTimmVisionTransformerDistilled(_FusedModel, deit.VisionTransformerDistilled):
     """`timm.models.deit.VisionTransformerDistilled`."""
 
     replaces = deit.VisionTransformerDistilled
 
     def _prefix(self) -> list[Tensor]:
         return [self.cls_token[0], self.dist_token[0]]
+
+    def pooled_tokens(self) -> int | None:
+        """Class and distillation token."""
+        return 2
 
 
 def _decline_norm(module: Any) -> str | None:
