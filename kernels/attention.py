@@ -44,6 +44,17 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: f
     return out.transpose(1, 2).contiguous()
 
 
+def attention_lse_ref(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool
+) -> tuple[Tensor, Tensor]:
+    """`([B, N, H, d], [B, H, N])` in torch's own calls, with the scores in memory."""
+    wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    scores = q.detach().to(wide) @ k.detach().to(wide).mT * scale
+    if bias is not None:
+        scores = scores + bias.detach().to(wide)
+    return attention_ref(q, k, v, bias, scale, tf32), scores.logsumexp(-1)
+
+
 @triton.jit
 def _load_rows(ptr, rows, n_rows, stride_row, cols, D: tl.constexpr):
     # [rows, cols], zero past the last row and past the head dim
@@ -100,6 +111,7 @@ def _attention_fwd_kernel(
     v_ptr,
     bias_ptr,
     o_ptr,
+    lse_ptr,
     H,
     N,
     S,
@@ -153,7 +165,8 @@ def _attention_fwd_kernel(
             q, q_tail, k_ptr, bias_ptr, rows, keys, N, S,
             stride_ks, stride_bias_n, stride_bias_s, scale_log2, PRECISION, D, D_MAIN, D_TAIL,
         )  # fmt: skip
-        p = tl.exp2(scores - _row_max(scores, bias_ptr)[:, None])  # [BLOCK_M, BLOCK_S]
+        top = _row_max(scores, bias_ptr)
+        p = tl.exp2(scores - top[:, None])  # [BLOCK_M, BLOCK_S]
         total = tl.sum(p, axis=1)
         v = _load_rows(v_ptr, keys, S, stride_vs, main, D)
         acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
@@ -183,6 +196,10 @@ def _attention_fwd_kernel(
                 acc_tail = tl.dot(p.to(v.dtype), v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
             top = new_top
 
+    if lse_ptr is not None:
+        # back from base 2; a row that is masked whole has total 0 and so -inf
+        lse = (top + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse_ptr + (batch * H + head) * N + rows, lse, mask=rows < N)
     if bias_ptr is not None:
         total = tl.where(total == 0.0, 1.0, total)
     # o is [B, N, H, D], contiguous
@@ -197,12 +214,17 @@ def _attention_fwd_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch parameters; `block_s` covers all keys where they fit one tile."""
+    """Tile sizes and launch parameters; `block_s` covers all keys where they fit one tile.
+
+    Attributes:
+        library: torch's own attention instead, with the other fields unused.
+    """
 
     block_m: int
     block_s: int
     num_warps: int
     num_stages: int
+    library: bool = False
 
 
 def split_head_dim(d: int) -> tuple[int, int]:
@@ -289,18 +311,14 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-@kernel_op("vitfast::attention", reference=attention_ref, check=_check_attention)
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> Tensor:
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool, lse: Tensor | None
+) -> Tensor:
     b, h, n, d = q.shape
     s = k.shape[2]
     out = torch.empty((b, n, h, d), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
-    if bias is not None:
-        bias = bias.expand(b, h, n, s)
-        bias_strides = bias.stride()
     config = lookup(
         "attention",
         f"n={n},s={s},d={d},{str(q.dtype)[6:]}" + ("" if bias is None else ",bias"),
@@ -308,6 +326,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
         Config,
         lambda: heuristic(n, s, d, q.dtype, bias is not None, arch(q.device)),
     )
+    if config.library and lse is None:
+        return attention_ref(q, k, v, bias, scale, tf32)
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if bias is not None:
+        bias = bias.expand(b, h, n, s)
+        bias_strides = bias.stride()
     d_main, d_tail = split_head_dim(d)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     _attention_fwd_kernel[(cdiv(n, config.block_m) * b * h,)](
@@ -316,6 +341,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
         v,
         bias,
         out,
+        lse,
         h,
         n,
         s,
@@ -336,6 +362,20 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
     return out
 
 
+@kernel_op("vitfast::attention", reference=attention_ref, check=_check_attention)
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> Tensor:
+    return _launch(q, k, v, bias, scale, tf32, None)
+
+
+@kernel_op("vitfast::attention_lse", reference=attention_lse_ref, check=_check_attention)
+def _attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+    return _launch(q, k, v, bias, scale, tf32, lse), lse
+
+
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, bias, scale, _ = inputs
     ctx.save_for_backward(q, k, v, bias)
@@ -354,7 +394,17 @@ def _attention_backward(ctx: Any, grad) -> tuple[Any, ...]:
     return *(next(grads) if need else None for need in needs), None, None
 
 
+def _attention_lse_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _attention_setup(ctx, inputs, output)
+
+
+def _attention_lse_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    return _attention_backward(ctx, grad)
+
+
 _attention.op.register_autograd(_attention_backward, setup_context=_attention_setup)
+_attention_lse.op.register_autograd(_attention_lse_backward, setup_context=_attention_lse_setup)
 
 
 def attention(
@@ -382,6 +432,29 @@ def attention(
     """
     q, k, v, bias = autocast(q, k, v, bias)
     return _attention(q, k, v, bias, _scale(scale, q.shape[-1]), tf32).transpose(1, 2)
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None, tf32: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the logarithm of each row's softmax denominator.
+
+    From these, `exp(scale * q @ k.T + bias - lse)` gives any part of the attention probabilities by itself.
+
+    Args:
+        q, k, v, scale, bias, tf32: as in `attention`.
+
+    Returns:
+        `(o, lse)`: o as `attention` returns it, lse `[B, H, N]` in fp32 (float64 of float64), -inf for a row that is
+        masked whole, without gradient.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    q, k, v, bias = autocast(q, k, v, bias)
+    out, lse = _attention_lse(q, k, v, bias, _scale(scale, q.shape[-1]), tf32)
+    return out.transpose(1, 2), lse
 
 
 def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, tf32: bool = False) -> Tensor:

@@ -317,8 +317,8 @@ def row_stats(x: Tensor) -> Tensor:
         x: `[..., D]`, fp16, bf16 or fp32 (float64 on CPU), any strides, D at most 16384.
 
     Returns:
-        `[2, ..., ceil(D / 64)]` fp32 (float64 of float64): each group's mean, and the sum of its squared deviations from
-        that. They have no gradient.
+        `[2, ..., ceil(D / 64)]` fp32 (float64 of float64): each group's mean, and the sum of its squared deviations
+        from that. They have no gradient.
 
     Raises:
         ValueError: x has no dimension or is too wide.

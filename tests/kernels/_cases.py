@@ -7,7 +7,9 @@ the others are small, odd, or laid out to hurt.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -31,6 +33,7 @@ OPS = (
     "norm_linear",
     "mlp",
     "attention",
+    "attention_lse",
     "attention_qkv",
     "patch_embed",
 )
@@ -46,8 +49,9 @@ FILES = tuple(module(name) for name in ("layer_norm", "linear", "norm_linear", "
 
 def file_of(op: str) -> ModuleType:
     """The file whose `Config` and `heuristic` an op's launches use."""
-    shared = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm", "linear_stats": "linear"}
-    return module(shared.get(op, "linear" if op == "norm_linear" else op))
+    shared = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm", "attention_lse": "attention"}
+    shared |= {"linear_stats": "linear", "norm_linear": "linear"}
+    return module(shared.get(op, op))
 
 
 class Data:
@@ -531,6 +535,12 @@ ATTENTION = [
     _attention("cross", 16, 1, 64, 257, real=True),
     _attention("pooling-d72", 16, 1, 72, 729, real=True, interpret=False),
 ]
+# the same calls with one output more
+ATTENTION_LSE = [
+    dataclasses.replace(case, op="attention_lse", core=False)
+    for case in ATTENTION
+    if case.name in ("1x1-d1", "N1-S67", "d67-S131", "d80", "bias-keys", "masked", "ViT-B-bias", "cross")
+]
 ATTENTION_QKV = [
     _attention_qkv("d5", 3, 7, 5),
     _attention_qkv("d40-ragged", 2, 31, 40, layout="ragged"),
@@ -587,6 +597,7 @@ def _patch_embed(
     def make(data: Data, batch: int) -> Arguments:
         added = torch.promote_types(data.dtype, torch.float32) if wide else None
         shape = (batch, c, height + 5, width + 3) if crop else (batch, c, height, width)
+        step = 1 / 255 if uint8 else 1.0
         pixels = data(*shape, layout=layout, dtype=torch.uint8 if uint8 else None)
         return {
             "pixels": pixels[:, :, 2 : 2 + height, 1 : 1 + width] if crop else pixels,
@@ -594,8 +605,8 @@ def _patch_embed(
             "bias": data(d) if bias else None,
             "prefix": data(prefix, d, dtype=added) if prefix else None,
             "pos_embed": None if pos is None else data(n + (prefix if pos == "all" else 0), d, dtype=added),
-            "mean": data(c, scale=0.1, shift=0.5) if normalize else None,
-            "std": data(c, scale=0.01, shift=0.25) if normalize else None,
+            "scale": data(c, scale=0.1 * step, shift=4.0 * step) if normalize else None,
+            "shift": data(c, scale=0.1, shift=-2.0) if normalize else None,
         }
 
     wrt = ["weight", *([] if uint8 else ["pixels"]), *(["bias"] if bias else [])]
@@ -680,6 +691,7 @@ CASES: dict[str, list[Case]] = {
     "norm_linear": NORM_LINEAR,
     "mlp": MLP,
     "attention": ATTENTION,
+    "attention_lse": ATTENTION_LSE,
     "attention_qkv": ATTENTION_QKV,
     "patch_embed": PATCH_EMBED,
 }
@@ -746,13 +758,17 @@ def reference(op: str, **arguments: Any) -> Any:
         q, k, v, bias, scale = _pick(arguments, "q k v bias scale")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return kernels.attention_ref(q, k, v, bias, scale, False).transpose(1, 2)
+    if op == "attention_lse":
+        q, k, v, bias, scale = _pick(arguments, "q k v bias scale")
+        out, lse = kernels.attention_lse_ref(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale, False)
+        return out.transpose(1, 2), lse
     if op == "attention_qkv":
         qkv, heads = arguments["qkv"], arguments["heads"]
         b, n, width = qkv.shape
         q, k, v = qkv.reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
         return kernels.attention_ref(q, k, v, None, q.shape[-1] ** -0.5, False).reshape(b, n, width // 3)
     assert op == "patch_embed", op
-    return kernels.patch_embed_ref(*_pick(arguments, "pixels weight bias prefix pos_embed mean std"), False)
+    return kernels.patch_embed_ref(*_pick(arguments, "pixels weight bias prefix pos_embed scale shift"), False)
 
 
 def _pick(arguments: Arguments, names: str) -> list[Any]:
@@ -781,7 +797,10 @@ def forward_backward(
     upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     if wrt:
-        torch.autograd.backward(*zip(*((o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad)))
+        differentiable = [o.requires_grad for o in outputs]
+        torch.autograd.backward(
+            list(itertools.compress(outputs, differentiable)), list(itertools.compress(upstream, differentiable))
+        )
         for name in wrt:
             gradient = leaves[id(arguments[name])].grad
             assert gradient is not None, f"no gradient for {name}"

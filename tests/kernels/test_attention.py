@@ -9,19 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels._cases import ATTENTION, ATTENTION_QKV, Case, Lane, across_lanes, check, module
-from vitfast.kernels import INTERPRET, attention, attention_qkv
+from tests.kernels._cases import ATTENTION, ATTENTION_LSE, ATTENTION_QKV, Case, Lane, across_lanes, check, module
+from vitfast.kernels import INTERPRET, attention, attention_lse, attention_qkv
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
 FILE = module("attention")
 
 
-@across_lanes("attention", "attention_qkv")
+@across_lanes("attention", "attention_lse", "attention_qkv")
 def test_numbers(case: Case, lane: Lane, through_op: None, poisoned: None) -> None:
     check(case, lane.device, lane.dtype)
 
 
-SMALL = [case for case in (*ATTENTION, *ATTENTION_QKV) if not case.real]
+SMALL = [case for case in (*ATTENTION, *ATTENTION_LSE, *ATTENTION_QKV) if not case.real]
 
 
 @pytest.mark.interpret
@@ -35,6 +35,34 @@ def test_both_softmaxes(case: Case, config: Any, poisoned: None, monkeypatch: py
     monkeypatch.setattr(FILE, "heuristic", lambda *args: config)
     # the backward is torch's own whatever the tiles
     check(dataclasses.replace(case, wrt=()), "cpu", torch.float32)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("block_s", [16, 64])
+def test_probabilities_from_the_saved_denominator(
+    block_s: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: FILE.Config(16, block_s, 4, 1))
+    q, k, v = (torch.randn(1, 2, 37, 24) for _ in range(3))
+    bias = torch.randn(37, 37)
+    bias[5] = float("-inf")
+    out, lse = attention_lse(q, k, v, bias=bias)
+    assert (lse[:, :, 5] == float("-inf")).all()
+    p = (q @ k.mT * 24**-0.5 + bias - lse[..., None]).exp()
+    p[:, :, 5] = 0.0
+    torch.testing.assert_close(p.sum(-1)[:, :, 6:], torch.ones(1, 2, 31))
+    torch.testing.assert_close(p @ v, out)
+    torch.testing.assert_close(out, attention(q, k, v, bias=bias))
+
+
+@pytest.mark.interpret
+def test_library_route_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FILE, "heuristic", lambda *args: FILE.Config(16, 16, 4, 1, library=True))
+    monkeypatch.setattr(FILE, "_attention_fwd_kernel", None)
+    qkv = torch.randn(2, 31, 3 * 4 * 16)
+    q, k, v = qkv.view(2, 31, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention_qkv(qkv, 4), wanted)
 
 
 @pytest.mark.interpret

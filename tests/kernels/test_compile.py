@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vitfast.kernels
-from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, Case, file_of, module
+from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, Case, file_of
 from tests.kernels._compiler import TARGETS, Compiled, compiling, disassemble, meta
 from tests.kernels._ranges import overflows
 
@@ -234,7 +234,7 @@ def _huge(op: str) -> dict[str, Any]:
         stats = meta(2, 3_000_000, 16, dtype=torch.float32)
         norm = {"norm_weight": vector, "norm_bias": vector, "eps": 1e-6}
         return {"x": x, "stats": stats, **norm, "weight": w, "bias": vector}
-    if op == "attention":
+    if op in ("attention", "attention_lse"):
         q, k, v = (meta(4096, 1370, 16, 64, dtype=bf16).transpose(1, 2) for _ in range(3))
         return {"q": q, "k": k, "v": v, "bias": meta(4096, 16, 1370, 1370, dtype=bf16)}
     if op == "attention_qkv":

@@ -212,9 +212,9 @@ def _t(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ("arguments", "error", "message"),
     [
         ({"stats": _t(2, 3, 2)}, ValueError, r"'stats' has shape \[2, 3, 2\]; expected \[2, 3, 1\]"),
-        ({"stats": _t(2, 3, 1, dtype=torch.float16)}, TypeError, r"'stats' has dtype torch\.float16; expected torch\.f"),
+        ({"stats": _t(2, 3, 1, dtype=torch.float16)}, TypeError, r"'stats' has dtype torch\.float16; expected"),
         ({"norm_weight": _t(7)}, ValueError, r"'norm_weight' has shape \[7\]; expected \[8\]"),
-        ({"norm_bias": _t(8, dtype=torch.float16)}, TypeError, r"'norm_bias' has dtype torch\.float16, but 'norm_weigh"),
+        ({"norm_bias": _t(8, dtype=torch.float16)}, TypeError, r"'norm_bias' has dtype torch\.float16, but 'norm_w"),
         ({"weight": _t(5, 7)}, ValueError, r"'x' has shape \[3, 8\] and 'weight' \[5, 7\]; expected"),
         ({"activation": "relu"}, ValueError, r"activation 'relu'; expected one of none, gelu"),
     ],
