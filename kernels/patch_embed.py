@@ -1,21 +1,20 @@
 """Patch embedding with everything that stands between the pixels and the first block.
 
     tokens[:, :T]  = prefix                                   (+ its rows of pos_embed)
-    tokens[:, T+n] = weight . patch n of (pixels / 255 - mean) / std + bias + its row of pos_embed
+    tokens[:, T+n] = weight . patch n of (pixels * scale + shift) + bias + its row of pos_embed
 
 pixels are `[B, C, H, W]`, float or uint8, NCHW or channels_last; weight is `[D, C, P, Q]` (as the `nn.Conv2d` of stride
 P x Q keeps it), prefix `[T, D]` (class, distillation, register tokens), tokens `[B, T + N, D]`, N = (H / P) * (W / Q).
-Division by 255 applies to uint8 pixels alone; mean and std are per channel and may be left out.
+scale and shift are per channel and may be left out; 1 / (255 std) and -mean / std make them normalise uint8 pixels.
 
 Fused: the patches are gathered by the GEMM's own address arithmetic (implicit GEMM, no im2col copy); uint8 pixels are
-converted and normalised between load and dot, in fp32 and rounded once to the operands' dtype; bias and position
+converted, scaled and shifted between load and dot, in fp32 and rounded once to the operands' dtype; bias and position
 embedding are added to the fp32 accumulator; the program that holds an image's first patch writes the prefix rows of
 its columns.
 
-255, mean and std are folded into one multiply-add per pixel. Folded on into weight and bias, as conv(x; w / (255 std),
-b - sum(w mean / std)), the large product of raw pixels and the folded bias cancel: for images near the mean the error
-in fp32 came to 8 times the tests' limit, and in bf16 and fp16 to the limit even with the bias kept in fp32; the
-multiply-add stays below 0.6 of it, like division by std, and needs no second copy of the weights.
+255, mean and std fold into one multiply-add per pixel, and no further: folded into weight and bias, the products of raw
+pixels and the new bias cancel. Against float64, on images near the mean, that cost fp32 8 times the tests' limit, and
+bf16 and fp16 all of it even with the bias in fp32; the multiply-add stays below 0.6 of it, as division by std does.
 
 K runs over (C, P, Q) for NCHW and over (P, Q, C) for channels_last, so that neighbouring k are neighbouring pixels.
 
@@ -38,18 +37,16 @@ from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_pre
 from ._triton import cdiv, tl, triton
 
 
-def normalize_ref(pixels: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`(pixels / 255 - mean) / std` in fp32 (float64 for float64 weights), rounded to `dtype`; 255 for uint8 alone."""
-    if pixels.dtype != torch.uint8 and mean is None and std is None:
+def normalize_ref(pixels: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`pixels * scale + shift` in fp32 (float64 for float64 weights), rounded to `dtype`."""
+    if scale is None and shift is None:
         return pixels.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     x = pixels.to(wide)
-    if pixels.dtype == torch.uint8:
-        x = x / 255
-    if mean is not None:
-        x = x - mean.to(wide)[:, None, None]
-    if std is not None:
-        x = x / std.to(wide)[:, None, None]
+    if scale is not None:
+        x = x * scale.to(wide)[:, None, None]
+    if shift is not None:
+        x = x + shift.to(wide)[:, None, None]
     return x.to(dtype)
 
 
@@ -59,12 +56,12 @@ def patch_embed_ref(
     bias: Tensor | None,
     prefix: Tensor | None,
     pos_embed: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
     tf32: bool,
 ) -> Tensor:
     """The same function in torch's own calls. `tf32` chooses a kernel's arithmetic and has no meaning here."""
-    x = normalize_ref(pixels, mean, std, weight.dtype)
+    x = normalize_ref(pixels, scale, shift, weight.dtype)
     x = F.conv2d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     n = x.shape[1]
     if pos_embed is not None and pos_embed.shape[0] == n:
@@ -83,8 +80,8 @@ def _patch_embed_fwd_kernel(
     bias_ptr,
     prefix_ptr,
     pos_ptr,
-    mean_ptr,
-    std_ptr,
+    scale_ptr,
+    shift_ptr,
     tokens_ptr,
     n_patches_total,
     N,
@@ -136,17 +133,12 @@ def _patch_embed_fwd_kernel(
         x = tl.load(
             pixels_ptr + corner[:, None] + offset[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0
         )  # [BLOCK_M, BLOCK_K]
-        if pixels_ptr.dtype.element_ty == tl.uint8 or mean_ptr is not None or std_ptr is not None:
-            # one multiply-add per pixel; the division is one per k
-            scale = tl.full((BLOCK_K,), 1.0, dtype=tl.float32)
-            if std_ptr is not None:
-                scale /= tl.load(std_ptr + c, mask=k_mask, other=1.0).to(tl.float32)
-            shift = tl.zeros((BLOCK_K,), dtype=tl.float32)
-            if mean_ptr is not None:
-                shift = tl.load(mean_ptr + c, mask=k_mask, other=0.0).to(tl.float32) * scale
-            if pixels_ptr.dtype.element_ty == tl.uint8:
-                scale *= 1.0 / 255.0
-            x = x.to(tl.float32) * scale[None, :] - shift[None, :]
+        if scale_ptr is not None or shift_ptr is not None:
+            x = x.to(tl.float32)
+            if scale_ptr is not None:
+                x *= tl.load(scale_ptr + c, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+            if shift_ptr is not None:
+                x += tl.load(shift_ptr + c, mask=k_mask, other=0.0).to(tl.float32)[None, :]
         x = x.to(weight_ptr.dtype.element_ty)
         # weights lie in k's own order; past the last k they are zero, whatever normalising made of the pixels there
         w_mask = k_mask[:, None] & col_mask[None, :]
@@ -211,12 +203,12 @@ def _check_patch_embed(
     bias: Tensor | None,
     prefix: Tensor | None,
     pos_embed: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
     tf32: bool,
 ) -> None:
     op = "patch_embed"
-    check_tensors(op, weight=weight, bias=bias, prefix=prefix, pos_embed=pos_embed, mean=mean, std=std)
+    check_tensors(op, weight=weight, bias=bias, prefix=prefix, pos_embed=pos_embed, scale=scale, shift=shift)
     check_same_dtype(op, weight=weight, bias=bias)
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
         raise TypeError(f"{op}: 'pixels' has dtype {pixels.dtype}; expected uint8 or floating point")
@@ -236,8 +228,8 @@ def _check_patch_embed(
             f" expected a height divisible by {p} and a width divisible by {q}"
         )
     check_shape(op, "bias", bias, width)
-    check_shape(op, "mean", mean, channels)
-    check_shape(op, "std", std, channels)
+    check_shape(op, "scale", scale, channels)
+    check_shape(op, "shift", shift, channels)
     t = 0
     if prefix is not None:
         if prefix.dim() != 2 or prefix.shape[1] != width:
@@ -271,8 +263,8 @@ def _patch_embed(
     bias: Tensor | None,
     prefix: Tensor | None,
     pos_embed: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
     tf32: bool,
 ) -> Tensor:
     d, c, p, q = weight.shape
@@ -284,7 +276,7 @@ def _patch_embed(
     channels_last = _is_channels_last(pixels)
     # the kernel reads weights in the order in which it walks k; free where the model itself is channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    dense = [x if x is None else x.contiguous() for x in (bias, prefix, pos_embed, mean, std)]
+    dense = [x if x is None else x.contiguous() for x in (bias, prefix, pos_embed, scale, shift)]
     config = lookup(
         "patch_embed",
         f"patches={b * n},width={d},k={c * p * q},{str(weight.dtype)[6:]}",
@@ -319,14 +311,14 @@ def _patch_embed(
 
 
 def _patch_embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pixels, weight, bias, prefix, pos_embed, mean, std, _ = inputs
-    ctx.save_for_backward(pixels, weight, bias, mean, std)
+    pixels, weight, bias, prefix, pos_embed, scale, shift, _ = inputs
+    ctx.save_for_backward(pixels, weight, bias, scale, shift)
     ctx.prefix = None if prefix is None else (prefix.shape[0], prefix.dtype)
     ctx.pos = None if pos_embed is None else (pos_embed.shape[0], pos_embed.dtype)
 
 
 def _patch_embed_backward(ctx: Any, grad) -> tuple[Any, ...]:
-    pixels, weight, bias, mean, std = ctx.saved_tensors
+    pixels, weight, bias, scale, shift = ctx.saved_tensors
     p, q = weight.shape[2:]
     t, prefix_dtype = ctx.prefix or (0, None)
     dprefix = dpos = None
@@ -342,7 +334,7 @@ def _patch_embed_backward(ctx: Any, grad) -> tuple[Any, ...]:
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]]
     dpixels, dweight, dbias = torch.ops.aten.convolution_backward(
         dconv,
-        normalize_ref(pixels, mean, std, weight.dtype),
+        normalize_ref(pixels, scale, shift, weight.dtype),
         weight,
         None if bias is None else bias.shape,
         [p, q],
@@ -354,7 +346,7 @@ def _patch_embed_backward(ctx: Any, grad) -> tuple[Any, ...]:
         wanted,
     )
     if dpixels is not None:
-        dpixels = dpixels if std is None else dpixels / std.to(dpixels.dtype)[:, None, None]
+        dpixels = dpixels if scale is None else dpixels * scale.to(dpixels.dtype)[:, None, None]
         dpixels = dpixels.to(pixels.dtype)
     return dpixels, dweight, dbias, dprefix, dpos, None, None, None
 
@@ -368,8 +360,8 @@ def patch_embed(
     bias: Tensor | None = None,
     prefix: Tensor | None = None,
     pos_embed: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     tf32: bool = False,
 ) -> Tensor:
     """Tokens of the first block from pixels, in one GEMM.
@@ -380,8 +372,8 @@ def patch_embed(
         bias: `[D]` in the weight's dtype, or None.
         prefix: `[T, D]`, tokens that go in front of the patches of every image, or None.
         pos_embed: `[N, D]` for the patches or `[T + N, D]` for all tokens, or None.
-        mean: `[C]`, subtracted from the pixels (uint8: after division by 255), or None.
-        std: `[C]`, divides the centred pixels, or None. Neither mean nor std gets a gradient.
+        scale: `[C]`, multiplies the pixels in fp32, or None.
+        shift: `[C]`, added to them, or None. Neither scale nor shift gets a gradient.
         tf32: let fp32 operands be multiplied in tf32 on CUDA even where
             `torch.backends.cuda.matmul.allow_tf32` is off.
 
@@ -394,4 +386,4 @@ def patch_embed(
         TypeError: a dtype does not fit.
     """
     weight, bias = autocast(weight, bias)
-    return _patch_embed(pixels, weight, bias, prefix, pos_embed, mean, std, tf32)
+    return _patch_embed(pixels, weight, bias, prefix, pos_embed, scale, shift, tf32)

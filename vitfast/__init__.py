@@ -5,21 +5,25 @@ from .architectures import create_model, list_models
 from .attention_maps import attention_maps, overlay, rollout
 from .model import VisionTransformer
 from .parity import compare, parity
+from .preprocess import ImageSpec, image_spec, preprocess
 from .weights import load_weights
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ImageSpec",
     "Report",
     "VisionTransformer",
     "accelerate",
     "attention_maps",
     "compare",
     "create_model",
+    "image_spec",
     "list_models",
     "load_weights",
     "overlay",
     "parity",
+    "preprocess",
     "report",
     "restore",
     "rollout",

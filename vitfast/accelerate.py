@@ -164,8 +164,8 @@ def accelerate(
     Raises:
         TypeError: `model` is no `torch.nn.Module`, or a scripted one.
         ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model
-            that was cast to another precision before; `normalize` with wrong numbers or without a patch embedding that
-            is replaced.
+            that was cast to another precision before; `normalize` with wrong numbers, without a patch embedding that
+            is replaced, or for a model of Transformers, which casts pixels before any of its modules sees them.
     """
     _check_model(model)
     selected = _kinds(only)
@@ -287,6 +287,11 @@ def _uint8_embeds(
         declined = [f"{name or '(model)'}: {m.reason}" for name, _, m in found if m.kind == "patch_embed" and m.reason]
         reasons = "; ".join(convolved + declined) or "there is none"
         raise ValueError(f"normalize: uint8 pixels need a replaced patch embedding ({reasons})")
+    for module in model.modules():
+        if any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__):
+            # they would reach the kernel as numbers up to 255 that pass for normalised ones
+            name = type(module).__name__
+            raise ValueError(f"normalize: {name} of Transformers casts uint8 pixels before they are embedded")
     if len(normalize) != 2:
         raise ValueError(f"normalize={normalize!r}; expected (mean, std)")
     for what, values in zip(("mean", "std"), normalize, strict=True):

@@ -133,6 +133,44 @@ def _table() -> dict[str, Options]:
 ARCHITECTURES: dict[str, Options] = _table()
 
 
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET: Options = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_OPENAI: Options = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+# how timm's default checkpoint of a name wants its images, in timm's words; a later pattern overrides an earlier one
+_IMAGES: tuple[tuple[str, Options], ...] = (
+    ("*", {"interpolation": "bicubic", "mean": _HALF, "std": _HALF, "crop_pct": 0.9, "crop_mode": "center"}),
+    ("*_384", {"crop_pct": 1.0}),
+    ("*_siglip_*", {"crop_pct": 0.9}),
+    ("vit_medium_*", {"crop_pct": 0.95}),
+    ("deit*", _IMAGENET),
+    ("vit_small_patch8_224", _IMAGENET),  # DINO
+    ("vit_huge_*_gap_*", _IMAGENET),  # I-JEPA, as ViT-g
+    ("vit_giant_*_gap_*", _IMAGENET),
+    ("vit_huge_*_gap_448", {"crop_pct": 1.0}),
+    ("*_dinov2", {**_IMAGENET, "crop_pct": 1.0}),
+    ("*_clip_*", {**_OPENAI, "crop_pct": 1.0}),
+    ("vit_large_patch14_clip_[23]*", {"mean": _HALF, "std": _HALF}),
+    ("vit_base_patch32_clip_*224", {"crop_pct": 0.9}),
+    ("vit_base_patch16_clip_224", {"crop_pct": 0.95}),
+    *(
+        (name, {"crop_mode": "squash"})
+        for name in (
+            "vit_medium_patch16_gap_384", "vit_base_patch16_clip_384", "vit_large_patch14_clip_336",
+            "vit_huge_patch14_clip_336", "vit_gigantic_patch14_clip_378",
+        )
+    ),
+)  # fmt: skip
+
+
+def _images(name: str) -> Options:
+    merged: Options = {}
+    for pattern, options in _IMAGES:
+        if fnmatch.fnmatchcase(name, pattern):
+            merged.update(options)
+    return merged
+
+
 def _close_to(word: str, words: list[str]) -> str:
     close = difflib.get_close_matches(word, words, n=4, cutoff=0.5)
     return ", ".join(map(repr, close)) if close else "none is close"
@@ -145,6 +183,9 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 def create_model(name: str, weights: str | os.PathLike[str] | None = None, **overrides: Any) -> VisionTransformer:
     """Builds a named Vision Transformer, in training mode and on the default device, like any torch module.
+
+    Its `pretrained_cfg` says how timm's default checkpoint of that name wants its images, which `vitfast.image_spec`
+    and timm's `resolve_data_config` read. A checkpoint from elsewhere may want other ones.
 
     Args:
         name: One of `list_models()`.
@@ -164,7 +205,9 @@ def create_model(name: str, weights: str | os.PathLike[str] | None = None, **ove
     for option in overrides:
         if option not in accepted:
             raise TypeError(f"unknown option {option!r}; close matches: {_close_to(option, accepted)}")
-    model = VisionTransformer(**{**ARCHITECTURES[name], **overrides})
+    model: Any = VisionTransformer(**{**ARCHITECTURES[name], **overrides})
+    stem = model.patch_embed
+    model.pretrained_cfg = {"input_size": (stem.proj.in_channels, *stem.img_size), **_images(name)}
     if weights is not None:
         from .weights import load_weights
 

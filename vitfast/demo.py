@@ -39,12 +39,7 @@ from .kernels._triton import HAS_TRITON
 from .layers import FusedPatchEmbed
 from .parity import FACTOR, Comparison, Parity, build_model, fp32_products, parity, pick_device, seed_weights
 from .precision import get_precision
-
-# how timm's ViT-B/16 checkpoints of arXiv 2106.10270 want their images
-CROP = 0.9
-MEAN = STD = 0.5
-
-FORMATS = "JPEG, PNG, WebP, TIFF, GIF, BMP or another format that Pillow reads"
+from .preprocess import ImageSpec, image_spec, preprocess, reading
 
 # what each kind of replacement calls, and what that fuses
 _FUSED = {
@@ -58,7 +53,7 @@ _FUSED = {
     "mlp": ("linear, linear", "activation in the first epilogue; residual and LayerScale in the second"),
     "block": ("those of its branches", "hands residual and LayerScale to the last kernel of each branch"),
 }
-_EMBEDDING = ("patch_embed", "prefix tokens and position embedding written by the patch-embed kernel")
+_FUSED["model"] = _EMBEDDING = ("patch_embed", "prefix tokens and position embedding written by the patch-embed kernel")
 
 
 @dataclass(frozen=True)
@@ -219,48 +214,34 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no image file {str(path)!r}")
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.float64) / 257.0).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    # Pillow's readers raise what they stumble over
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"image file {str(path)!r} cannot be read ({reason}); accepted is {FORMATS}") from error
+    with reading(f"image file {str(path)!r}"), Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257.0).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, size: int) -> tuple[Tensor, Image.Image]:
-    """Pixels as timm's ViT-B/16 checkpoints want them, and the part of the photograph that they show.
-
-    The shorter side is resized (bicubic, antialiased) to `size / 0.9`, the centre is cropped, and each channel is
-    normalised with mean 0.5 and standard deviation 0.5.
+def look(image: Image.Image, spec: ImageSpec) -> tuple[Tensor, Image.Image]:
+    """What a model sees of a photograph.
 
     Args:
         image: RGB.
-        size: side of the square that the model takes, in pixels.
+        spec: how the model wants its images.
 
     Returns:
-        `[1, 3, size, size]` fp32 between -1 and 1, and the same square at twice the size for people to look at.
+        `[1, 3, H, W]` fp32, normalised, and the same part at twice the size for people to look at.
     """
-    short = math.floor(size / CROP)
-    width, height = image.size
-    if width <= height:
-        resized = (short, max(short * height // width, size))
-    else:
-        resized = (max(short * width // height, size), short)
-    left, top = (round((side - size) / 2.0) for side in resized)
-    square = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 255.0
-
-    x, y = width / resized[0], height / resized[1]
-    box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    view = image.resize((2 * size, 2 * size), Image.Resampling.BICUBIC, box=box)
-    return (pixels - MEAN) / STD, view
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    larger = dataclasses.replace(
+        spec,
+        size=(2 * spec.size[0], 2 * spec.size[1]),
+        resize=None if spec.resize is None else (2 * spec.resize[0], 2 * spec.resize[1]),
+    )
+    view = Image.fromarray(preprocess(image, larger)[0].permute(1, 2, 0).numpy())
+    return (preprocess(image, spec).float() / 255.0 - mean) / std, view
 
 
 def measure(
@@ -355,12 +336,12 @@ def _cpu_name() -> str:
     return found.group(1).strip() if found else "CPU"
 
 
-def _image_side(model: nn.Module) -> int:
+def _square_spec(model: nn.Module) -> ImageSpec:
     stem: Any = next((module.patch_embed for module in model.modules() if hasattr(module, "patch_embed")), None)
     size = getattr(stem, "img_size", None)
     if not isinstance(size, tuple) or size[0] != size[1] or stem.proj.in_channels != 3:
         raise ValueError("the demo needs a Vision Transformer that takes square RGB images of one size")
-    return size[0]
+    return image_spec(model)
 
 
 def run_demo(
@@ -418,7 +399,8 @@ def run_demo(
     source = f"weights of {os.fspath(weights)}" if weights is not None else f"seeded random weights, seed {seed}"
     say(f"building {model} ({source})")
     built = build_model(model, None if weights is None else Path(weights), seed=seed).to(place)
-    pixels, view = preprocess(picture, _image_side(built))
+    spec = _square_spec(built)
+    pixels, view = look(picture, spec)
     pixels = pixels.to(place)
 
     say(f"comparing with float64 in {policy.name} on {place}")
@@ -495,7 +477,7 @@ def run_demo(
         command=shlex.join(command),
         seconds=time.perf_counter() - start,
     )
-    page = _page(result, fused, view, rolled, layers)
+    page = _page(result, fused, spec, view, rolled, layers)
     files["page"].write_text(page, encoding="utf-8")
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
@@ -715,8 +697,26 @@ def _top_classes(result: DemoResult) -> str:
     return f'<section><h2>The five likeliest classes</h2><p>{said}</p><div class="narrow">{table}</div></section>'
 
 
+def _how_prepared(spec: ImageSpec) -> str:
+    mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (spec.mean, spec.std))
+    resized = ""
+    if spec.resize is not None:
+        side, square = f"{spec.resize[0]} pixels", f"{spec.resize[0]} x {spec.resize[1]} pixels"
+        how = {"shortest": f"their shorter side to {side}", "stretch": f"to {square}"}
+        resized = f"resized ({spec.interpolation}) {how.get(spec.fit, f'to {spec.fit} {square}')}, "
+    return (
+        f"Images are {resized}cropped in the centre to {spec.size[0]} x {spec.size[1]} and normalised with mean {mean} "
+        f"and standard deviation {std}, as timm's default checkpoint of this model wants it."
+    )
+
+
 def _page(
-    result: DemoResult, fused: nn.Module, view: Image.Image, rolled: Image.Image, layers: Sequence[Image.Image]
+    result: DemoResult,
+    fused: nn.Module,
+    spec: ImageSpec,
+    view: Image.Image,
+    rolled: Image.Image,
+    layers: Sequence[Image.Image],
 ) -> str:
     """The page, as HTML. What a user can choose (names, paths) is escaped."""
     out, top1 = result.parity.output, result.parity.top1
@@ -838,8 +838,7 @@ its class that comes nearest to its limit. Relative errors are Euclidean, beside
 <section>
 <h2>Do it again</h2>
 <pre>{html.escape(result.command)}</pre>
-<p class="soft">Images are resized (bicubic) to {1 / CROP:.3g} times the model's input, cropped in the centre and
-normalised with mean {MEAN} and standard deviation {STD}, as timm's ViT-B/16 checkpoints want it.</p>
+<p class="soft">{html.escape(_how_prepared(spec))}</p>
 </section>
 <footer class="soft">Written by <code>vitfast demo</code> in {result.seconds:.0f} s. Every number on this page was
 measured in that run.</footer>

@@ -128,14 +128,15 @@ class FusedPatchEmbed(FusedLayer):
     proj: Any
 
     def set_normalize(self, normalize: tuple[Sequence[float], Sequence[float]] | None) -> None:
-        """Take uint8 pixels, with this mean and std per channel for pixels between 0 and 1; None: take none any more."""
+        """Take uint8 pixels, with this mean and std per channel for pixels between 0 and 1; None: take none again."""
         if normalize is None:
-            if "pixel_norm" in self._buffers:
-                del self.pixel_norm
+            if "pixel_affine" in self._buffers:
+                del self.pixel_affine
             return
-        norm = torch.tensor([list(values) for values in normalize], device=self.proj.weight.device, dtype=torch.float32)
-        # as bytes, since what casts a model casts its floating-point buffers
-        self.register_buffer("pixel_norm", norm.view(torch.uint8), persistent=False)
+        mean, std = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in normalize)
+        # (x / 255 - mean) / std = x * scale + shift; as bytes, since casting a model casts its floating-point buffers
+        affine = torch.stack([1.0 / (255.0 * std), -mean / std]).float().view(torch.uint8)
+        self.register_buffer("pixel_affine", affine.to(self.proj.weight.device), persistent=False)
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the original would of these pixels."""
@@ -143,7 +144,7 @@ class FusedPatchEmbed(FusedLayer):
         return (
             not symbolic(pixels)
             and pixels.dim() == 4
-            and (pixels.is_floating_point() or (pixels.dtype == torch.uint8 and "pixel_norm" in self._buffers))
+            and (pixels.is_floating_point() or (pixels.dtype == torch.uint8 and "pixel_affine" in self._buffers))
             and pixels.shape[1] == self.proj.in_channels
             and not self.why_convolved()
         )
@@ -162,11 +163,11 @@ class FusedPatchEmbed(FusedLayer):
 
     def tokens(self, pixels: Tensor, prefix: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`, with prefix tokens `[T, D]` and position embeddings `[N or T + N, D]`."""
-        mean = std = None
+        scale = shift = None
         if pixels.dtype == torch.uint8:
-            mean, std = self._buffers["pixel_norm"].view(torch.float32).unbind()  # type: ignore[union-attr]
+            scale, shift = self._buffers["pixel_affine"].view(torch.float32).unbind()  # type: ignore[union-attr]
         proj = self.proj
-        return kernels.patch_embed(pixels, proj.weight, proj.bias, prefix, pos_embed, mean, std, tf32=self.tf32)
+        return kernels.patch_embed(pixels, proj.weight, proj.bias, prefix, pos_embed, scale, shift, tf32=self.tf32)
 
     def limits(self) -> list[str]:
         return self.why_convolved()

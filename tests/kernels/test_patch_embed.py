@@ -49,7 +49,7 @@ def test_uint8_is_normalised_as_torchvision_does() -> None:
     weight, mean, std = torch.randn(13, 3, 4, 4), torch.rand(3), torch.rand(3) + 0.1
     normalised = (pixels.float() / 255 - mean[:, None, None]) / std[:, None, None]
     wanted = F.conv2d(normalised, weight, stride=4).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(patch_embed(pixels, weight, mean=mean, std=std), wanted)
+    torch.testing.assert_close(patch_embed(pixels, weight, scale=1 / (255 * std), shift=-mean / std), wanted)
 
 
 @reference_lane
@@ -100,8 +100,8 @@ def _t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ({"pixels": _t(2, 3, 8, 2)}, ValueError, r"image of 8 x 2 pixels; expected a height divisible by 4"),
         ({"pixels": _t(2, 3, 0, 12)}, ValueError, r"image of 0 x 12 pixels; expected a height divisible by 4"),
         ({"bias": _t(12)}, ValueError, r"'bias' has shape \[12\]; expected \[13\]"),
-        ({"mean": _t(1)}, ValueError, r"'mean' has shape \[1\]; expected \[3\]"),
-        ({"std": _t(4)}, ValueError, r"'std' has shape \[4\]; expected \[3\]"),
+        ({"scale": _t(1)}, ValueError, r"'scale' has shape \[1\]; expected \[3\]"),
+        ({"shift": _t(4)}, ValueError, r"'shift' has shape \[4\]; expected \[3\]"),
         ({"prefix": _t(1, 12)}, ValueError, r"'prefix' has shape \[1, 12\]; expected \[T, 13\]"),
         ({"prefix": _t(1, 1, 13)}, ValueError, r"'prefix' has shape \[1, 1, 13\]; expected \[T, 13\]"),
         ({"prefix": _t()}, ValueError, r"'prefix' has shape \[\]; expected \[T, 13\]"),
