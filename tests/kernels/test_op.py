@@ -23,9 +23,13 @@ SMALL = [case for op in OPS for case in CASES[op] if not case.real]
 FULL = {
     "layer_norm": "D67-offset",
     "add_layer_norm": "D67-broadcast-residual",
+    "row_stats": "D67-offset",
     "linear": "primes-gelu",
+    "linear_stats": "primes-gelu",
+    "norm_linear": "primes-gelu",
     "mlp": "gelu",
     "attention": "bias-full",
+    "attention_lse": "bias-keys",
     "attention_qkv": "d5",
     "patch_embed": "small",
 }
@@ -42,7 +46,7 @@ def operator(op: str) -> Any:
     return getattr(torch.ops.vitfast, REGISTERED[op]).default
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [case for case in SMALL if case.wrt], ids=str)
 def test_gradcheck(case: Case, through_op: None) -> None:
     arguments = case.arguments(torch.float64, "cpu")
     if case.name in ("masked", "masked-rows", "huge-scale"):
@@ -77,7 +81,9 @@ def test_around_the_operator_and_through_it(case: Case, monkeypatch: pytest.Monk
 def _operator_arguments(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """What the public function hands its operator."""
     seen: list[tuple[Any, ...]] = []
-    file = module({"add_layer_norm": "layer_norm", "attention_qkv": "attention"}.get(case.op, case.op))
+    homes = {"add_layer_norm": "layer_norm", "attention_qkv": "attention", "attention_lse": "attention"}
+    homes |= {"row_stats": "norm_linear", "linear_stats": "norm_linear"}
+    file = module(homes.get(case.op, case.op))
     name = f"_{REGISTERED[case.op]}"
     inner = getattr(file, name)
 
@@ -123,8 +129,8 @@ def test_compile_without_graph_breaks(case: Case) -> None:
         torch.testing.assert_close(value, eager[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-# what grows with the batch
-BATCHED = {"x", "residual", "q", "k", "v", "qkv", "pixels"}
+# what grows with the batch, in which dimension
+BATCHED = {"x": 0, "residual": 0, "q": 0, "k": 0, "v": 0, "qkv": 0, "pixels": 0, "stats": 1}
 
 
 @pytest.mark.parametrize("case", EACH_OP, ids=str)
@@ -134,9 +140,9 @@ def test_one_graph_for_every_batch(case: Case) -> None:
     compiled = torch.compile(public(case), backend=counter, fullgraph=True)
     for batch in (2, 3, 7):
         arguments = case.arguments(torch.float32, "cpu", batch)
-        for name in BATCHED | ({"bias"} if case.op == "attention" else set()):
+        for name, dim in (BATCHED | ({"bias": 0} if "attention" in case.op else {})).items():
             if name in arguments:
-                torch._dynamo.mark_dynamic(arguments[name], 0)
+                torch._dynamo.mark_dynamic(arguments[name], dim)
         actual, wanted = compiled(**arguments), public(case)(**arguments)
         torch.testing.assert_close(actual, wanted)
     assert counter.frame_count == 1
@@ -149,16 +155,16 @@ def test_export_keeps_the_operator(case: Case) -> None:
             return public(case)(**arguments, **rest)
 
     arguments = case.arguments(torch.float32, "cpu")
-    if case.op == "attention":
+    if case.op in ("attention", "attention_lse"):
         # a bias for every image would tie two arguments' batches together; that is not what is tested
         arguments["bias"] = arguments["bias"][:1]
     rest = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     batch = torch.export.Dim("batch", min=2)
-    shapes = {name: {0: batch} if name in BATCHED else {} for name in tensors}
+    shapes = {name: {BATCHED[name]: batch} if name in BATCHED else {} for name in tensors}
     program = torch.export.export(Module(), (tensors,), dynamic_shapes=(shapes,))
     assert operator(case.op) in {node.target for node in program.graph.nodes}
-    larger = {name: torch.cat([t, t, t]) if name in BATCHED else t for name, t in tensors.items()}
+    larger = {name: torch.cat([t, t, t], BATCHED[name]) if name in BATCHED else t for name, t in tensors.items()}
     torch.testing.assert_close(program.module()(larger), public(case)(**larger, **rest))
 
 
