@@ -14,6 +14,7 @@ from .adapters import Match, match
 from .kernels import unfold
 from .layers import KINDS, FusedLayer, FusedModel, FusedPatchEmbed, overridden
 from .precision import Precision, get_precision
+from .selection import Choice, Figure, select
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,10 +48,12 @@ class Report:
     Attributes:
         rows: one per module that is replaced, could be, or does a replaceable module's work, in the model's order.
         precision: name of the policy the model was cast to, or None.
+        measured: what `accelerate(example=...)` measured, decision by decision; empty without it.
     """
 
     rows: tuple[Row, ...]
     precision: str | None = None
+    measured: tuple[Figure, ...] = ()
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -76,7 +79,8 @@ class Report:
             for line in table
         ]
         summary = f"{len(self.replaced)} modules replaced, {len(self.kept)} kept"
-        return "\n".join([*lines, summary + (f", precision {self.precision}" if self.precision else "")])
+        figures = [f"measured, {figure}" for figure in self.measured]
+        return "\n".join([*lines, summary + (f", precision {self.precision}" if self.precision else ""), *figures])
 
 
 def _collapse(names: list[str]) -> str:
@@ -86,7 +90,7 @@ def _collapse(names: list[str]) -> str:
 
 @dataclass
 class _State:
-    """What `restore` undoes beside the classes: a cast and a compile.
+    """What `restore` undoes beside the classes, a cast and a compile, and what was measured before.
 
     `originals` holds the data of parameters and buffers as it was before the cast, under (module name, tensor name),
     and None for a tensor that had the dtype already.
@@ -95,6 +99,7 @@ class _State:
     precision: Precision | None = None
     originals: dict[tuple[str, str], Tensor | None] = field(default_factory=dict)
     compiled: bool = False
+    choice: Choice | None = None
 
 
 def _matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
@@ -124,7 +129,8 @@ def report(model: nn.Module) -> Report:
             note = found.reason or "could be replaced, is not switched on"
             rows.append(Row(name, found.kind, type(module).__name__, None, note))
     state = vars(model).get(_STATE)
-    return Report(tuple(rows), state.precision.name if state and state.precision else None)
+    precision = state.precision.name if state and state.precision else None
+    return Report(tuple(rows), precision, state.choice.figures if state and state.choice else ())
 
 
 def accelerate(
@@ -133,6 +139,7 @@ def accelerate(
     precision: str | None = None,
     only: Collection[str] | None = None,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    example: Tensor | None = None,
     compile: bool = False,
     strict: bool = False,
 ) -> Model:
@@ -148,13 +155,18 @@ def accelerate(
             `model.to(dtype)` does (they stay the same objects), and keeps the original data for `restore`. None leaves
             every dtype as it is.
         only: kinds of replacement to switch on; default all. A further call adds to what is switched on.
-            `"patch_embed"`, `"layer_norm"`, `"attention"`, `"mlp"` and `"block"` are modules; `"fold"` folds each block's
-            LayerNorms into the linear layers behind them, in inference on a GPU; `"tail"` has the last block compute
-            the class token alone, where nothing else is read. Both work on blocks that are replaced as a whole.
+            `"patch_embed"`, `"layer_norm"`, `"attention"`, `"mlp"` and `"block"` are modules; `"fold"` folds each
+            block's LayerNorms into the linear layers behind them, in inference on a GPU; `"tail"` has the last block
+            compute the class token alone, where nothing else is read. Both work on blocks that are replaced as a whole.
         normalize: mean and standard deviation per channel, for pixels between 0 and 1 (`vitfast.image_spec` knows a
             model's). The model then takes uint8 pixels `[B, C, H, W]` too, 0 to 255, and the patch-embed kernel
             normalises them. NCHW and channels_last are read in place, so an NHWC batch goes in as
             `batch.permute(0, 3, 1, 2)`. Floating-point pixels mean what they did. A further call replaces the numbers.
+        example: a batch of pixels on the model's device. With it, what is selected is measured first, in this model, in
+            inference and without a compiler, in about 10 seconds: kinds without which the model is faster are left
+            out, a GEMM or attention that torch does faster goes to torch, and nothing is replaced if the plain model
+            is faster. `report(model)` shows the figures. They are remembered in `$VITFAST_CONFIG_DIR/choices`, else in
+            the user's cache, by device, versions, model and shapes.
         compile: also compile the model's forward (`model.compile()`), so the state dict has no `_orig_mod.` prefix.
         strict: raise if a module of a selected kind cannot be replaced, and replace nothing.
 
@@ -164,7 +176,8 @@ def accelerate(
     Raises:
         TypeError: `model` is no `torch.nn.Module`, or a scripted one.
         ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model
-            that was cast to another precision before; `normalize` with wrong numbers, without a patch embedding that
+            that was cast to another precision before; an `example` that the model cannot take, or for a model that is
+            accelerated already; `normalize` with wrong numbers, without a patch embedding that
             is replaced, or for a model of Transformers, which casts pixels before any of its modules sees them.
     """
     _check_model(model)
@@ -185,6 +198,12 @@ def accelerate(
             raise ValueError("strict: these modules cannot be replaced: " + "; ".join(refused))
         if not found and not any(isinstance(module, FusedLayer) for module in model.modules()):
             raise ValueError(f"strict: nothing in this {type(model).__name__} can be replaced")
+    if example is not None:
+        if any(isinstance(module, FusedLayer) for module in model.modules()):
+            raise ValueError("example: the model is accelerated already; restore it first, as it is timed without that")
+        state.choice = select(model, example, [kind for kind in KINDS if kind in selected], precision=precision)
+        selected = frozenset(state.choice.kinds)
+        found = [match for match in found if selected.intersection(_serves(match[2]))]
     embeds = [] if normalize is None else _uint8_embeds(model, found, normalize)
     for _, module, m in found:
         if m.fused is not None:
@@ -209,7 +228,7 @@ def accelerate(
     if compile:
         model.compile()
         state.compiled = True
-    if state.precision or state.compiled:
+    if state.precision or state.compiled or state.choice:
         model.__dict__[_STATE] = state
     return model
 

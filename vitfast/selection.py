@@ -1,0 +1,281 @@
+"""Do no harm: what of `accelerate` wins on this device, for this model and these images, measured in the model.
+
+    choice = select(model, images, kinds, precision="bf16")
+
+First the kinds of replacement: the model without each of them is timed against the model with all, interleaved, and a
+kind without which the model is faster by more than the spread is left out. Then, on a GPU, the route of every GEMM and
+attention that is launched: torch's own (cuBLASLt, SDPA) against our kernel, in the model too. At last the result
+against the plain model: if that is faster by more than the spread, nothing is replaced.
+
+A choice is kept in the user's cache (`vitfast.kernels` configs' folder, beside them) under the device, the versions and
+everything of the model and the images that decides speed, so that a second call measures nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import INTERPRET, _config
+
+BUDGET_S = 10.0
+"""Seconds for all of it; what must run at least once may exceed it on a slow machine."""
+
+SCHEMA = 1
+
+ROUTES = ("linear", "attention")
+"""Ops whose config can say `library`."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One decision.
+
+    Attributes:
+        what: "model" (the result against the plain one), a kind, or a launch, "linear m=197,n=768,k=768,float16".
+        ours_ms: median of the model with it, in milliseconds a batch.
+        other_ms: median of the model without it, or with torch's own route.
+        kept: whether it stays.
+    """
+
+    what: str
+    ours_ms: float
+    other_ms: float
+    kept: bool
+
+    def __str__(self) -> str:
+        other = "plain" if self.what == "model" else "torch's own" if " " in self.what else "without"
+        verdict = "kept" if self.kept else "dropped"
+        return f"{self.what}: {self.ours_ms:.4g} ms, {other} {self.other_ms:.4g} ms, {verdict}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `select` found.
+
+    Attributes:
+        kinds: to switch on.
+        library: keys of launches, by op, that go to torch's own routine.
+        figures: what was measured.
+    """
+
+    kinds: tuple[str, ...]
+    library: Mapping[str, tuple[str, ...]]
+    figures: tuple[Figure, ...]
+
+
+def select(
+    model: nn.Module, example: Tensor, kinds: Collection[str], *, precision: str | None, budget_s: float = BUDGET_S
+) -> Choice:
+    """Measure, or look up, which kinds of replacement win for a model.
+
+    Args:
+        model: not accelerated; it stays as it is.
+        example: pixels of the batch that matters, on the model's device.
+        kinds: to choose from.
+        precision: as `accelerate` takes it.
+        budget_s: seconds for all of it.
+
+    Raises:
+        ValueError: the example is on another device, or the plain model cannot take it.
+        TypeError: the example is no tensor.
+    """
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example is a {type(example).__name__}; expected a batch of pixels")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if devices - {example.device}:
+        raise ValueError(f"example is on {example.device}, the model on {', '.join(sorted(map(str, devices)))}")
+    key = _key(model, example, kinds, precision)
+    path = _path(example.device)
+    if (known := _read(path).get(key)) is not None:
+        return Choice(tuple(known["kinds"]), known["library"], tuple(Figure(**figure) for figure in known["figures"]))
+    choice = _measure(model, example, tuple(kinds), precision, budget_s)
+    _write(path, key, choice)
+    return choice
+
+
+def _measure(
+    model: nn.Module, example: Tensor, kinds: tuple[str, ...], precision: str | None, budget_s: float
+) -> Choice:
+    from . import accelerate
+    from .benchmarks.measure import sample_ms, time_interleaved
+
+    begin = time.monotonic()
+    device = example.device
+    # cast and put to inference once; every candidate is a tree of modules of its own around these tensors
+    base = accelerate(copy.deepcopy(model), precision=precision, only=()).eval()
+    weight = next((p for p in base.parameters() if p.is_floating_point()), None)
+    if weight is not None and example.is_floating_point():
+        example = example.to(weight.dtype)
+
+    def with_kinds(selected: Collection[str]) -> Callable[[int], Any]:
+        twin = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+        if selected:
+            accelerate(twin, only=selected, precision=precision)
+
+        def run(i: int) -> Any:
+            with torch.inference_mode():
+                return twin(example)
+
+        return run
+
+    plain = with_kinds(())
+    try:
+        plain(0)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"example of shape {list(example.shape)}: the model cannot take it: {error}") from error
+
+    def timed(candidates: Mapping[str, Callable[[int], Any]], share: float) -> Mapping[str, Any]:
+        for run in candidates.values():
+            # kernels compile at their first call
+            run(0)
+        left = max(0.2, share * (budget_s - (time.monotonic() - begin)))
+        return time_interleaved(candidates, device, budget_s=left, min_samples=3)
+
+    figures: list[Figure] = []
+    ours = with_kinds(kinds)
+    ours(0)
+    once = sample_ms(ours, 0, 1, device) / 1e3
+    kept = list(kinds)
+    # six calls of each candidate are the least that a comparison takes
+    if 6 * once * (1 + len(kinds)) < 0.7 * budget_s:
+        without = {kind: with_kinds([other for other in kinds if other != kind]) for kind in kinds}
+        timings = timed({"": ours, **without}, 0.5)
+        for kind in kinds:
+            stays = not timings[kind].p80 < timings[""].p20
+            figures.append(Figure(kind, timings[""].median, timings[kind].median, stays))
+            if not stays:
+                kept.remove(kind)
+
+    library: dict[str, tuple[str, ...]] = {}
+    ours = with_kinds(kept)
+    if kept and (device.type == "cuda" or INTERPRET):
+        for op, launch, found in _routes(ours, timed):
+            figures.append(found)
+            if not found.kept:
+                library[op] = (*library.get(op, ()), launch)
+    with ExitStack() as stack:
+        for op, launch, entry in _entries(ours, library):
+            stack.enter_context(_config.override(op, launch, entry))
+        timings = timed({"ours": ours, "plain": plain}, 0.9)
+    wins = bool(kept) and not timings["plain"].p80 < timings["ours"].p20
+    figures.append(Figure("model", timings["ours"].median, timings["plain"].median, wins))
+    if not wins:
+        return Choice((), {}, tuple(figures))
+    _adopt(_entries(ours, library), device)
+    return Choice(tuple(kept), library, tuple(figures))
+
+
+def _heard(run: Callable[[int], Any]) -> dict[tuple[str, str], Any]:
+    with _config.listen() as heard:
+        run(0)
+    return heard
+
+
+def _routes(run: Callable[[int], Any], timed: Callable[..., Mapping[str, Any]]) -> list[tuple[str, str, Figure]]:
+    """Our kernel against torch's own routine, for each launch that has both."""
+    found = []
+    for (op, key), config in _heard(run).items():
+        if op not in ROUTES or not _has_library(op, key):
+            continue
+
+        def routed(library: bool, op: str = op, key: str = key, config: Any = config) -> Callable[[int], Any]:
+            entry = asdict(replace(config, library=library))
+
+            def call(i: int) -> Any:
+                with _config.override(op, key, entry):
+                    return run(i)
+
+            return call
+
+        timings = timed({"ours": routed(False), "library": routed(True)}, 0.2)
+        stays = not timings["library"].p80 < timings["ours"].p20
+        found.append((op, key, Figure(f"{op} {key}", timings["ours"].median, timings["library"].median, stays)))
+    return found
+
+
+def _has_library(op: str, key: str) -> bool:
+    words = key.split(",")
+    return op != "linear" or not {"float32", "norm", "stats"} & set(words)
+
+
+def _entries(
+    run: Callable[[int], Any], library: Mapping[str, Collection[str]]
+) -> list[tuple[str, str, dict[str, Any]]]:
+    if not library:
+        return []
+    heard = _heard(run)
+    return [
+        (op, key, asdict(replace(heard[op, key], library=True))) for op, keys in library.items() for key in keys
+    ]
+
+
+def _adopt(entries: list[tuple[str, str, dict[str, Any]]], device: torch.device) -> None:
+    """Have later launches take torch's routine: an entry in the user's own configs for this device."""
+    name = _config._device_name(device)
+    if not entries or name is None:
+        return
+    from .benchmarks.tune import write_entries
+
+    by_op: dict[str, dict[str, Any]] = {}
+    for op, key, entry in entries:
+        by_op.setdefault(op, {})[key] = entry
+    write_entries(_config.user_folder(), name, by_op)
+    _config.forget()
+
+
+# what was found before
+
+
+def _path(device: torch.device) -> Path:
+    from .benchmarks.measure import cpu_name
+
+    return _config.user_folder() / "choices" / _config.file_name(_config._device_name(device) or cpu_name())
+
+
+def _key(model: nn.Module, example: Tensor, kinds: Collection[str], precision: str | None) -> str:
+    """A digest of all that decides what is faster, but the device."""
+    from . import __version__
+    from .benchmarks.measure import versions
+
+    modules = [
+        (name, f"{type(module).__module__}.{type(module).__qualname__}", len(module._forward_hooks))
+        for name, module in model.named_modules()
+    ]
+    tensors = [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
+    batch = (list(example.shape), list(example.stride()), str(example.dtype))
+    software = (__version__, versions())
+    threads = torch.get_num_threads() if example.device.type == "cpu" else 0
+    decides = (SCHEMA, software, threads, sorted(kinds), precision, batch, modules, tensors)
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a file of choices ({error}); delete it to measure anew") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("choices"), dict):
+        raise ValueError(f"{path}: not a file of choices of schema {SCHEMA}; delete it to measure anew")
+    return content["choices"]
+
+
+def _write(path: Path, key: str, choice: Choice) -> None:
+    choices = {**_read(path), key: asdict(choice)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(json.dumps({"schema": SCHEMA, "choices": choices}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
