@@ -36,7 +36,6 @@ from .architectures import create_model
 from .attention_maps import attention_maps, overlay, rollout
 from .doctor import doctor, how_ops_run
 from .kernels._triton import HAS_TRITON
-from .layers import FusedPatchEmbed
 from .parity import FACTOR, Comparison, Parity, build_model, fp32_products, parity, pick_device, seed_weights
 from .precision import get_precision
 from .preprocess import ImageSpec, image_spec, preprocess, reading
@@ -52,8 +51,12 @@ _FUSED = {
     ),
     "mlp": ("linear, linear", "activation in the first epilogue; residual and LayerScale in the second"),
     "block": ("those of its branches", "hands residual and LayerScale to the last kernel of each branch"),
+    "model": (
+        "patch_embed, norm_linear, linear_stats",
+        "prefix tokens and position embedding in the patch-embed kernel; on a GPU LayerNorm in the GEMM behind it; "
+        "in the last block only the tokens that the head reads",
+    ),
 }
-_FUSED["model"] = _EMBEDDING = ("patch_embed", "prefix tokens and position embedding written by the patch-embed kernel")
 
 
 @dataclass(frozen=True)
@@ -610,12 +613,10 @@ def _pattern(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) or "(the model)"
 
 
-def _replacements(result: DemoResult, fused: nn.Module) -> str:
+def _replacements(result: DemoResult) -> str:
     groups: dict[tuple[str, ...], int] = {}
     for row in result.report.replaced:
         kernel, what = _FUSED[row.kind]
-        if row.kind == "patch_embed" and not isinstance(fused.get_submodule(row.module), FusedPatchEmbed):
-            kernel, what = _EMBEDDING
         key = (_pattern(row.module), row.original, row.fused or "", kernel, what, row.note)
         groups[key] = groups.get(key, 0) + 1
     # most models have nothing to note, and an empty column takes width from the others
@@ -811,7 +812,7 @@ fused path on. {meaning}</p>
 <h2>What was replaced</h2>
 <p><code>vitfast.accelerate(model)</code> exchanged the classes of these modules in place. Parameters and state dict are
 the model's own.</p>
-{_replacements(result, fused)}
+{_replacements(result)}
 </section>
 
 <section>

@@ -181,9 +181,10 @@ def how_ops_run(device: torch.device) -> tuple[Op, ...]:
     Args:
         device: "cpu" or a CUDA device.
     """
+    names = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "attention", "linear")
     if device.type == "cuda" and HAS_TRITON:
         arch = _config.arch(device)
-        how = dict.fromkeys(("patch_embed", "layer_norm", "add_layer_norm", "attention"), "Triton kernel")
+        how = dict.fromkeys(names, "Triton kernel")
         how["linear"] = (
             "Triton kernel: persistent, operands by tensor descriptors (TMA); by pointers in exact fp32 or unaligned"
             if arch >= 90
@@ -194,15 +195,13 @@ def how_ops_run(device: torch.device) -> tuple[Op, ...]:
             tuned = len(_config.table(op, name))
             how[op] += f"; {tuned} tuned shapes" if tuned else "; tiles by heuristic"
     elif device.type == "cpu" and kernels.INTERPRET:
-        names = ("patch_embed", "layer_norm", "add_layer_norm", "attention", "linear")
         how = dict.fromkeys(names, "Triton's interpreter (TRITON_INTERPRET=1): fp32 and fp16, slow")
     elif device.type == "cpu":
-        names = ("patch_embed", "layer_norm", "add_layer_norm", "attention", "linear")
         how = dict.fromkeys(names, "reference, in torch's own calls")
     else:
-        how = dict.fromkeys(("patch_embed", "layer_norm", "add_layer_norm", "attention", "linear"), "does not run")
-    how["attention_qkv"] = "as attention"
-    how["mlp"] = "two linear calls"
+        how = dict.fromkeys(names, "does not run")
+    how |= {"attention_qkv": "as attention", "attention_lse": "as attention"}
+    how |= {"linear_stats": "as linear", "norm_linear": "as linear", "mlp": "two linear calls"}
     return tuple(Op(op, str(device), text) for op, text in how.items())
 
 
