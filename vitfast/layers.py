@@ -268,14 +268,15 @@ class FusedMlp(FusedLayer):
     def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """`residual + scale * mlp(x)`, `[..., D]` to `[..., D]`."""
         activation = None if hooked(self.act) else self.activation(self.act)
+        # one name for all, or the input's memory would be kept from the second layer
         if activation is not None and plain(self.fc1, nn.Linear):
-            hidden = kernels.linear(x, self.fc1.weight, self.fc1.bias, activation, tf32=self.tf32)
+            x = kernels.linear(x, self.fc1.weight, self.fc1.bias, activation, tf32=self.tf32)
         else:
-            hidden = self.act(self.fc1(x))
-        hidden = self.between(hidden if _inactive(self.drop1) else self.drop1(hidden))
+            x = self.act(self.fc1(x))
+        x = self.between(x if _inactive(self.drop1) else self.drop1(x))
         if _inactive(self.drop2):
-            return _linear(self.fc2, hidden, residual, scale, self.tf32)
-        return _residual(self.drop2(_linear(self.fc2, hidden, None, None, self.tf32)), residual, scale)
+            return _linear(self.fc2, x, residual, scale, self.tf32)
+        return _residual(self.drop2(_linear(self.fc2, x, None, None, self.tf32)), residual, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
@@ -374,24 +375,28 @@ class FusedBlock(FusedLayer):
             )
         )
 
-    def folded(self, x: Tensor, stats: Tensor | None, last: bool) -> tuple[Tensor, Tensor | None]:
-        """`fused` without a normalised tensor: `(tokens [B, N, D], their statistics or None after the last block)`."""
-        attn, mlp, norm = self.attn, self.mlp, self.norm1
+    # two halves, so that whoever runs them lets the first one's input go before the second
+
+    def folded_attention(self, x: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The first half of `fused` without a normalised tensor: tokens `[B, N, D]` and the statistics of each."""
+        attn, norm = self.attn, self.norm1
+        qkv, proj = attn.qkv, attn.proj
         stats = kernels.row_stats(x) if stats is None else stats
-        qkv, fc1 = attn.qkv, mlp.fc1
-        out = kernels.norm_linear(
-            x, stats, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, tf32=attn.tf32
-        )
+        out = kernels.norm_linear(x, stats, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, tf32=attn.tf32)
         out = attn.core(out)
-        proj, gamma = attn.proj, self._scale(self.ls1)[1]
-        x, stats = kernels.linear_stats(out, proj.weight, proj.bias, residual=x, scale=gamma, tf32=attn.tf32)
-        norm, activation = self.norm2, mlp.activation(mlp.act)
+        gamma = self._scale(self.ls1)[1]
+        return kernels.linear_stats(out, proj.weight, proj.bias, residual=x, scale=gamma, tf32=attn.tf32)
+
+    def folded_mlp(self, x: Tensor, stats: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """The second half; statistics where they are wanted."""
+        mlp, norm = self.mlp, self.norm2
+        fc1, fc2, activation = mlp.fc1, mlp.fc2, mlp.activation(mlp.act)
         out = kernels.norm_linear(
             x, stats, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, activation, tf32=mlp.tf32
         )
         out = mlp.between(out)
-        gamma, fc2 = self._scale(self.ls2)[1], mlp.fc2
-        if last:
+        gamma = self._scale(self.ls2)[1]
+        if not wanted:
             return kernels.linear(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32), None
         return kernels.linear_stats(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32)
 
@@ -467,7 +472,9 @@ class FusedModel(FusedLayer):
             if i == last and kept is not None:
                 return block.first(x, kept)
             if folds and isinstance(block, FusedBlock) and block.foldable(x):
-                x, stats = block.folded(x, stats, i == last or (i == last - 1 and kept is not None))
+                x, stats = block.folded_attention(x, stats)
+                # nobody reads them behind the last block, and the tail normalises for itself
+                x, stats = block.folded_mlp(x, stats, i < last - (kept is not None))
             else:
                 x, stats = block(x), None
         return x

@@ -31,9 +31,18 @@ def pair(build, **changes) -> tuple[nn.Module, nn.Module]:
 def calls(monkeypatch) -> list:
     """Names of the block's ways that ran, with the number of tokens kept."""
     seen = []
-    first, folded = FusedBlock.first, FusedBlock.folded
-    monkeypatch.setattr(FusedBlock, "first", lambda self, x, kept: seen.append(kept) or first(self, x, kept))
-    monkeypatch.setattr(FusedBlock, "folded", lambda self, *args: seen.append("folded") or folded(self, *args))
+    first, folded = FusedBlock.first, FusedBlock.folded_attention
+
+    def note_first(self, x, kept):
+        seen.append(kept)
+        return first(self, x, kept)
+
+    def note_folded(self, x, stats):
+        seen.append("folded")
+        return folded(self, x, stats)
+
+    monkeypatch.setattr(FusedBlock, "first", note_first)
+    monkeypatch.setattr(FusedBlock, "folded_attention", note_folded)
     return seen
 
 
@@ -85,7 +94,7 @@ def test_tail_of_timm_options(calls):
 
 
 def test_tail_writes_one_token_s_worth(build):
-    plain, fused = pair(build)
+    _, fused = pair(build)
     hidden = []
     fused.blocks[0].mlp.register_forward_hook(lambda m, args, out: hidden.append(out.shape))
     real = kernels.linear
@@ -230,7 +239,7 @@ def test_statistics_are_not_handed_past_a_hook(build, calls, poisoned):
 
 @pytest.mark.interpret
 def test_no_fold_in_training_autocast_or_with_gradients(build, calls):
-    plain, fused = folding(build, global_pool="avg")
+    _, fused = folding(build, global_pool="avg")
     fused(images(*X))
     fused.train()(images(*X))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -85,8 +85,8 @@ class FusedReferenceVisionTransformer(layers.FusedModel, model.VisionTransformer
         kept = None if layers.symbolic(x) or self.grad_checkpointing or self.pos_embed_at != "stem" else self.kept()
         if kept is None:
             return super().forward(x)
-        x = self.norm_pre(self.pos_drop(self.embed(x)))
-        return self.forward_head(self.norm(self.encode(x, kept)))
+        # without a name, which would keep the first tokens' memory through all blocks
+        return self.forward_head(self.norm(self.encode(self.norm_pre(self.pos_drop(self.embed(x))), kept)))
 
     def _encode(self, pixels: Tensor, depth: int, take: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         if take or self.grad_checkpointing or self.pos_embed_at != "stem" or layers.symbolic(pixels):

@@ -130,12 +130,10 @@ class _FusedModel(layers.FusedModel):
         return self.forward_head(self._features(x, kept))
 
     def _features(self, x: Tensor, kept: int | None) -> Tensor:
-        tokens = self._embed(x)
+        # without a name, which would keep the first tokens' memory through all blocks
         if self.grad_checkpointing:
-            tokens = checkpoint_seq(self.blocks, tokens)
-        else:
-            tokens = self.encode(tokens, kept)
-        return self.norm(tokens)
+            return self.norm(checkpoint_seq(self.blocks, self._embed(x)))
+        return self.norm(self.encode(self._embed(x), kept))
 
     def _embed(self, x: Tensor) -> Tensor:
         stem = self.patch_embed
