@@ -5,6 +5,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 """
 
 if __name__ == "vitfast.kernels":
+    from ._derived import rederive, release
     from ._op import INTERPRET
     from .attention import MAX_HEAD_DIM, attention, attention_lse, attention_lse_ref, attention_qkv, attention_ref
     from .layer_norm import MAX_WIDTH, add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
@@ -15,10 +16,8 @@ if __name__ == "vitfast.kernels":
         linear_stats_ref,
         norm_linear,
         norm_linear_ref,
-        refold,
         row_stats,
         row_stats_ref,
-        unfold,
     )
     from .patch_embed import patch_embed, patch_embed_ref
 else:
@@ -50,8 +49,8 @@ __all__ = [
     "norm_linear_ref",
     "patch_embed",
     "patch_embed_ref",
-    "refold",
+    "rederive",
+    "release",
     "row_stats",
     "row_stats_ref",
-    "unfold",
 ]

@@ -22,15 +22,14 @@ FLOPs: 2*M*N*K. Bytes of e-byte elements: (M*K + N*K + M*N) * e + statistics.
 Source: the identity is algebra; LayerNorm is Ba, Kiros, Hinton (arXiv 1607.06450), equations 3 and 4.
 """
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._derived import derived
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 from .layer_norm import MAX_WIDTH, launch_config, layer_norm_ref, norm_gradients
@@ -120,69 +119,18 @@ class Folded:
     bias: Tensor
 
 
-_Sources = tuple[Tensor | None, Tensor | None, Tensor | None]
-_State = tuple[tuple[int, int] | None, ...]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    others: tuple[Any, ...]  # weak references to bias, norm weight and norm bias, or None
-    state: _State
-    folded: Folded
-
-
-# by weight, which lives on its own
-_cache: Any = WeakTensorKeyDictionary()
-
-
-def _state(weight: Tensor, others: _Sources) -> _State:
-    return tuple(None if t is None else (t.data_ptr(), t._version) for t in (weight, *others))
-
-
-def _fold(weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Folded:
+def _fold(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = weight.float()
     shift = torch.zeros_like(wide[:, 0]) if norm_bias is None else (wide * norm_bias.float()).sum(1)
     scaled = (wide if norm_weight is None else wide * norm_weight.float()).to(weight.dtype)
-    return Folded(scaled, scaled.float().sum(1), shift if bias is None else shift + bias.float())
+    return scaled, scaled.float().sum(1), shift if bias is None else shift + bias.float()
 
 
-@torch.no_grad()
 def folded(weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Folded:
-    """What is derived from these parameters, computed at the first call and again when one of them has changed.
-
-    It is kept until the weight dies or `unfold` is called. A second computation writes to the memory of the first, so
-    that a CUDA graph which reads it is right again.
-    """
-    others = (bias, norm_weight, norm_bias)
-    known, state = _cache.get(weight), _state(weight, others)
-    if known is not None and known.state == state:
-        return known.folded
-    fresh = _fold(weight, *others)
-    if weight.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            # this memory is the graph's own, which computes it at every replay
-            return fresh
-        # whatever stream reads it next
-        torch.cuda.current_stream(weight.device).synchronize()
-    if known is not None and known.folded.weight.shape == weight.shape and known.folded.weight.dtype == weight.dtype:
-        for name in ("weight", "colsum", "bias"):
-            getattr(known.folded, name).copy_(getattr(fresh, name))
-        fresh = known.folded
-    _cache[weight] = _Entry(tuple(None if t is None else weakref.ref(t) for t in others), state, fresh)
-    return fresh
-
-
-def refold() -> None:
-    """Derive anew what has changed in place, before a CUDA graph is replayed that reads it."""
-    for weight, entry in list(_cache.items()):
-        others = tuple(None if other is None else other() for other in entry.others)
-        if _state(weight, others) != entry.state:
-            folded(weight, *others)
-
-
-def unfold(weight: Tensor) -> None:
-    """Release what is derived from a weight."""
-    _cache.pop(weight, None)
+    """What `norm_linear` computes with, derived from these parameters and kept beside `weight`."""
+    return Folded(*derived("fold", _fold, weight, bias, norm_weight, norm_bias))
 
 
 def _check_stats(op: str, stats: Tensor, x: Tensor) -> None:
@@ -377,7 +325,7 @@ def norm_linear(
         tf32: as in `linear`.
 
     Returns:
-        `[..., N]` in x's dtype, contiguous. On a GPU as much memory again as the weight's is held, see `unfold`.
+        `[..., N]` in x's dtype, contiguous. On a GPU as much memory again as the weight's is held with it.
         Autocast changes nothing here.
 
     Raises:

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from tests._close import assert_close
 from tests.kernels._cases import Case, Lane, across_lanes, check, module
-from vitfast.kernels import INTERPRET, layer_norm, linear, linear_stats, norm_linear, refold, row_stats, unfold
+from vitfast.kernels import (
+    INTERPRET,
+    _derived,
+    layer_norm,
+    linear,
+    linear_stats,
+    norm_linear,
+    rederive,
+    release,
+    row_stats,
+)
 
 FILE = module("norm_linear")
 LINEAR_FILE = module("linear")
@@ -133,7 +143,7 @@ def test_derived_once() -> None:
     torch.testing.assert_close(first.weight, lin.weight * norm.weight)
     torch.testing.assert_close(first.colsum, first.weight.sum(1))
     torch.testing.assert_close(first.bias, lin.weight @ norm.bias + lin.bias)
-    assert _folded(lin, norm) is first
+    assert _folded(lin, norm).weight is first.weight
     assert not first.weight.requires_grad
 
 
@@ -163,31 +173,56 @@ def test_derived_anew_when_a_parameter_changes(what: str, how: str) -> None:
     assert [t.data_ptr() for t in vars(second).values()] == addresses
 
 
-def test_refold_before_a_replay() -> None:
+def test_rederive_before_a_replay() -> None:
     lin, norm = _parameters()
     ours = _folded(lin, norm)
     before = ours.weight.clone()
-    refold()
+    rederive()
     assert torch.equal(ours.weight, before)
     with torch.no_grad():
         norm.weight.add_(1)
-    refold()
+    rederive()
     torch.testing.assert_close(ours.weight, lin.weight * norm.weight)
 
 
 def test_released_with_the_weight_or_on_demand() -> None:
     lin, norm = _parameters()
-    count = len(FILE._cache)
+    count = len(_derived._cache)
     _folded(lin, norm)
-    assert len(FILE._cache) == count + 1
-    unfold(lin.weight)
-    assert len(FILE._cache) == count
+    assert len(_derived._cache) == count + 1
+    release(lin.weight)
+    assert len(_derived._cache) == count
     _folded(lin, norm)
     # another parameter, another entry
     _folded(copy.deepcopy(lin), norm)
     del lin
     gc.collect()
-    assert len(FILE._cache) == count
+    assert len(_derived._cache) == count
+
+
+def test_what_nobody_can_ask_for_again_is_dropped() -> None:
+    lin, norm = _parameters()
+    before = _folded(lin, norm).weight.clone()
+    held = _derived._cache[lin.weight]["fold"].made[0]
+    norm.weight = nn.Parameter(torch.ones(72))
+    gc.collect()
+    rederive()
+    assert not _derived._cache[lin.weight]
+    assert torch.equal(held, before)
+
+
+def test_derived_from_what_is_derived() -> None:
+    q, k, norm = nn.Linear(72, 16), nn.Linear(72, 16), nn.LayerNorm(72)
+
+    def packed() -> Tensor:
+        return _derived.derived("pack", lambda *weights: (torch.cat(weights),), q.weight, k.weight)[0]
+
+    ours = FILE.folded(packed(), None, norm.weight, norm.bias)
+    with torch.no_grad():
+        k.weight.mul_(3.0)
+        norm.weight.mul_(2.0)
+    rederive()
+    torch.testing.assert_close(ours.weight, 2.0 * torch.cat([q.weight, k.weight]))
 
 
 @pytest.mark.interpret
