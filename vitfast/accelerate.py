@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Match, match
-from .kernels import unfold
+from .graphs import STATE, Graphs, attach, detach, memory_bound
+from .kernels import release
 from .layers import KINDS, FusedLayer, FusedModel, FusedPatchEmbed, overridden
 from .precision import Precision, get_precision
 from .selection import Choice, Figure, select
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# where a model that was cast or compiled keeps what `restore` needs
-_STATE = "_vitfast_state"
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,13 @@ class Report:
         rows: one per module that is replaced, could be, or does a replaceable module's work, in the model's order.
         precision: name of the policy the model was cast to, or None.
         measured: what `accelerate(example=...)` measured, decision by decision; empty without it.
+        graphs: of `accelerate(cuda_graph=...)`: what is captured, and why the rest is not, in a sentence each.
     """
 
     rows: tuple[Row, ...]
     precision: str | None = None
     measured: tuple[Figure, ...] = ()
+    graphs: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -80,7 +80,9 @@ class Report:
         ]
         summary = f"{len(self.replaced)} modules replaced, {len(self.kept)} kept"
         figures = [f"measured, {figure}" for figure in self.measured]
-        return "\n".join([*lines, summary + (f", precision {self.precision}" if self.precision else ""), *figures])
+        graphs = [f"cuda graphs: {note}" for note in self.graphs]
+        precision = f", precision {self.precision}" if self.precision else ""
+        return "\n".join([*lines, summary + precision, *figures, *graphs])
 
 
 def _collapse(names: list[str]) -> str:
@@ -100,6 +102,7 @@ class _State:
     originals: dict[tuple[str, str], Tensor | None] = field(default_factory=dict)
     compiled: bool = False
     choice: Choice | None = None
+    graphs: Graphs | None = None
 
 
 def _matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
@@ -128,9 +131,10 @@ def report(model: nn.Module) -> Report:
         elif (found := match(module)) is not None:
             note = found.reason or "could be replaced, is not switched on"
             rows.append(Row(name, found.kind, type(module).__name__, None, note))
-    state = vars(model).get(_STATE)
+    state = vars(model).get(STATE)
     precision = state.precision.name if state and state.precision else None
-    return Report(tuple(rows), precision, state.choice.figures if state and state.choice else ())
+    measured = state.choice.figures if state and state.choice else ()
+    return Report(tuple(rows), precision, measured, tuple(state.graphs.notes()) if state and state.graphs else ())
 
 
 def accelerate(
@@ -141,6 +145,7 @@ def accelerate(
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     example: Tensor | None = None,
     compile: bool = False,
+    cuda_graph: bool | int = False,
     strict: bool = False,
 ) -> Model:
     """Replace a model's modules by fused ones, in place.
@@ -168,6 +173,9 @@ def accelerate(
             is faster. `report(model)` shows the figures. They are remembered in `$VITFAST_CONFIG_DIR/choices`, else in
             the user's cache, by device, versions, model and shapes.
         compile: also compile the model's forward (`model.compile()`), so the state dict has no `_orig_mod.` prefix.
+        cuda_graph: also run `model(pixels)` in inference as a CUDA graph, captured when a batch size comes again. A
+            number bounds the memory that the graphs keep, in MiB; True stands for 2048. Weights may change; hooks,
+            gradients, train mode and other arguments take the plain path. A further call captures anew.
         strict: raise if a module of a selected kind cannot be replaced, and replace nothing.
 
     Returns:
@@ -178,12 +186,14 @@ def accelerate(
         ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model
             that was cast to another precision before; an `example` that the model cannot take, or for a model that is
             accelerated already; `normalize` with wrong numbers, without a patch embedding that
-            is replaced, or for a model of Transformers, which casts pixels before any of its modules sees them.
+            is replaced, or for a model of Transformers, which casts pixels before any of its modules sees them; a
+            `cuda_graph` that bounds nothing.
     """
     _check_model(model)
     selected = _kinds(only)
+    max_mib = memory_bound(cuda_graph)
     policy = None if precision is None else get_precision(precision)
-    state: _State = vars(model).get(_STATE) or _State()
+    state: _State = vars(model).get(STATE) or _State()
     if policy and state.precision and policy != state.precision:
         raise ValueError(
             f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}"
@@ -225,11 +235,16 @@ def accelerate(
         for module in model.modules():
             if isinstance(module, FusedLayer):
                 module.tf32 = state.precision.tf32
+    if state.graphs:
+        max_mib = max_mib or state.graphs.max_mib
+        detach(model, state.graphs)
     if compile:
         model.compile()
         state.compiled = True
-    if state.precision or state.compiled or state.choice:
-        model.__dict__[_STATE] = state
+    if max_mib:
+        state.graphs = attach(model, max_mib)
+    if state.precision or state.compiled or state.choice or state.graphs:
+        model.__dict__[STATE] = state
     return model
 
 
@@ -249,6 +264,10 @@ def restore(model: Model) -> Model:
         TypeError: `model` is no `torch.nn.Module`.
     """
     _check_model(model)
+    state: _State | None = model.__dict__.pop(STATE, None)
+    if state is not None and state.graphs:
+        # before the memory goes that they read
+        detach(model, state.graphs)
     for module in model.modules():
         # a class made around the fused one (FSDP's, a parametrisation's) is its maker's to undo
         replaces = vars(type(module)).get("replaces")
@@ -257,11 +276,10 @@ def restore(model: Model) -> Model:
                 module.__dict__.pop(name, None)
             if isinstance(module, FusedModel):
                 for parameter in module.parameters():
-                    unfold(parameter)
+                    release(parameter)
             if isinstance(module, FusedPatchEmbed):
                 module.set_normalize(None)
             module.__class__ = replaces
-    state: _State | None = model.__dict__.pop(_STATE, None)
     if state is not None:
         if state.precision is not None:
             _uncast(model, state.precision.dtype, state.originals)
