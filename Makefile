@@ -69,6 +69,14 @@ lint: $(STAMP)  ## ruff and mypy
 	@ln -s $(CURDIR)/vitfast/* $(CURDIR)/kernels $(CURDIR)/benchmarks $(TYPECHECK)/vitfast/
 	cd $(TYPECHECK) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
+.PHONY: bench
+bench: $(STAMP)  ## time vitfast against every peer here (ARGS="--quick")
+	$(BIN)/vitfast bench $(ARGS)
+
+.PHONY: gpu
+gpu: $(STAMP)  ## the suite in stages, for a short stay on a GPU machine (ARGS="--minutes 25")
+	benchmarks/gpu.sh --python $(BIN)/python $(ARGS)
+
 .PHONY: clean
 clean:  ## remove .venv, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -119,10 +119,20 @@ class Run:
             "ceilings": None if self.ceilings is None else asdict(self.ceilings),
             "rows": [asdict(row) for row in self.rows],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
+        write_json(path, content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all, its folder too.
+
+    Raises:
+        ValueError: a NaN or an infinity in it, which JSON has no number for.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def load(path: Path) -> Run:
