@@ -29,12 +29,18 @@ if ! "$python" -c 'import torch' 2>/dev/null; then
   echo "error: $python cannot import torch; give another with --python" >&2; exit 2
 fi
 
-# kernels/ and benchmarks/ are packages of vitfast, and an installed vitfast must not come first; links that an earlier
-# call made may be in use, so none is removed
+# kernels/ and benchmarks/ are packages of vitfast, and an installed vitfast must not come first; a link that is right is
+# left alone, since another call may be reading it
 tree=$root/build/tree
+link() {
+  local path
+  for path in "${@:2}"; do
+    [[ $1/${path##*/} -ef $path ]] || ln -sfn "$path" "$1/"
+  done
+}
 mkdir -p "$tree/vitfast"
-ln -sfn "$root"/vitfast/* "$root/kernels" "$root/benchmarks" "$tree/vitfast/"
-ln -sfn "$root/tests" "$root/pyproject.toml" "$tree/"
+link "$tree/vitfast" "$root"/vitfast/* "$root/kernels" "$root/benchmarks"
+link "$tree" "$root/tests" "$root/pyproject.toml"
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
 if [[ -n $wheels ]]; then
   compgen -G "$wheels/*.whl" >/dev/null || { echo "error: --wheels $wheels: no wheels are there" >&2; exit 2; }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,11 @@ def test_dry_run_killed_resumed_and_done(tmp_path: Path, environment: dict[str, 
     assert {row.layer for row in rows} == {"kernel", "block", "model", "train", "end_to_end"}
     assert all(row.status in ("ok", "missing") for row in rows)
     ours = [row for row in rows if row.status == "ok" and row.candidate.startswith("vitfast")]
-    assert len({(row.layer, row.workload, row.shape["batch"]) for row in ours}) == 8 + 2 + 3
-    assert after["tests"]["items"].keys() == {"tests/kernels/test_mlp.py[0:24]", "tests/kernels/test_mlp.py[24:31]"}
-    for words in (
-        "11 passed",
-        "vitfast +",
-        "parity of vit_tiny",
-        "gap ms",
-        after["tune"]["items"]["vit_tiny_patch16_224 b2"]["lines"][0],
-    ):
+    assert len({(row.layer, row.workload, row.shape["batch"]) for row in ours}) == len(registry.KERNELS) + 2 + 3
+    counts = sum((Counter(item["tests"]) for item in after["tests"]["items"].values()), Counter())
+    assert counts["passed"] > 0 and counts.keys() <= {"passed", "skipped"}
+    tuned = after["tune"]["items"]["vit_tiny_patch16_224 b2"]["lines"][0]
+    for words in (f"{counts['passed']} passed", "vitfast +", "parity of vit_tiny", "gap ms", tuned):
         assert words in resumed.stdout
 
     # nothing is left to do, and the table is there all the same
