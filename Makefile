@@ -57,6 +57,8 @@ test: $(STAMP)  ## run every test lane this machine can run
 	$(PYTEST) $(if $(CUDA),-m "not gpu") tests
 	@echo "==> lane: interpret"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/kernels
+	@echo "==> lane: benchmarks (a toy model on CPU; pytest-benchmark does not time in xdist's workers)"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 benchmarks
 	$(if $(CUDA),@echo "==> lane: gpu")
 	$(if $(CUDA),$(BIN)/python -m pytest -n 0 -m gpu tests)
 

@@ -7,15 +7,21 @@ models, from `state_dict`, so that all candidates compute the same function on t
 from __future__ import annotations
 
 import functools
+import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitfast import create_model
+from vitfast import ImageSpec, create_model
 from vitfast.kernels import (
     add_layer_norm_ref,
     attention_ref,
@@ -40,11 +46,26 @@ MODELS: dict[str, dict[str, Any]] = {
 
 BATCHES = (1, 8, 32, 128, 256)
 
-BATCHED = ("pixels", "x", "residual", "qkv")
+BATCHED = ("pixels", "x", "residual", "qkv", "files")
 """Inputs whose first dimension is the batch."""
 
-KERNELS = ("patch_embed", "layer_norm", "add_layer_norm", "attention", "linear.qkv", "linear.proj", "linear.fc1",
-"linear.fc2")
+KERNELS = (
+    "patch_embed",
+    "layer_norm",
+    "add_layer_norm",
+    "attention",
+    "linear.qkv",
+    "linear.proj",
+    "linear.fc1",
+    "linear.fc2",
+)
+
+PHOTOS = 32
+PHOTO_SIZES = ((500, 375), (375, 500), (640, 480), (500, 333))
+"""How many photographs, and their widths and heights: ImageNet's usual ones."""
+
+MEAN = STD = 0.5
+"""Of every channel, for pixels between 0 and 1: timm's for its ViTs."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +82,9 @@ class Workload:
         flops: of one call.
         bytes: fewest bytes of one call, weights included.
         inputs: makes one set of inputs on a device; called several times for rotation, seeded by the index.
-        reference: the same function in plain torch on one set of inputs; run in float64 it is the truth, in `dtype`
-            the baseline of the parity rule.
+        reference: the same function in plain torch on one set of inputs, or a module that takes its tensor (for
+            "end_to_end" the decoded pixels); run in float64 it is the truth, in `dtype` the baseline of the parity
+            rule.
     """
 
     layer: str
@@ -75,6 +97,10 @@ class Workload:
     bytes: float
     inputs: Callable[[torch.device, int], dict[str, Any]]
     reference: Callable[..., Tensor]
+
+    def __str__(self) -> str:
+        layer = "" if self.layer in ("kernel", "model") else f"{self.layer} "
+        return f"{layer}{self.name} b{self.shape['batch']} {self.dtype}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -114,14 +140,59 @@ def dimensions(name: str) -> dict[str, int]:
     }
 
 
+def _flops(module: nn.Module, *shape: int) -> float:
+    """FLOPs of a module on an input, counted by torch on the meta device."""
+    tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(module, tensors, (torch.empty(shape, device="meta"),))
+    return float(counter.get_total_flops())
+
+
 @functools.cache
 def model_flops(name: str) -> float:
-    """FLOPs of one image through the model, counted by torch on the meta device."""
-    model = create_model(name, **MODELS.get(name, {})).to("meta").eval()
-    pixels = torch.empty(1, 3, *model.patch_embed.img_size, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pixels)
-    return float(counter.get_total_flops())
+    """FLOPs of one image through the model."""
+    model = reference_model(name)
+    return _flops(model, 1, 3, *model.patch_embed.img_size)
+
+
+class Normalized(nn.Module):
+    """A model behind what pipelines do with decoded pixels, `[B, 3, H, W]` uint8: normalise in fp32, then cast."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        wide = pixels.to(torch.promote_types(dtype, torch.float32))
+        return self.model(((wide / 255 - MEAN) / STD).to(dtype))
+
+
+def photo_spec(model: str) -> ImageSpec:
+    """How photographs become a model's pixels: resized and cropped as timm does for its ViTs."""
+    size = reference_model(model).patch_embed.img_size
+    height, width = (math.floor(side / 0.9) for side in size)
+    fit = "shortest" if height == width else "cover"
+    return ImageSpec(size, (height, width), fit, "bicubic", (MEAN,) * 3, (STD,) * 3)
+
+
+@functools.cache
+def _photos() -> tuple[Any, list[str]]:
+    """A temporary folder of JPEG files, and their paths: seeded noise of all scales, which compresses as photographs
+    do (2 to 4 bits a pixel)."""
+    folder = tempfile.TemporaryDirectory(prefix="vitfast-photos-")
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for i in range(PHOTOS):
+        width, height = PHOTO_SIZES[i % len(PHOTO_SIZES)]
+        image = torch.full((1, 3, height, width), 127.0)
+        for scale in (1, 2, 4, 8, 16, 32, 64, 128):
+            noise = torch.randn(1, 3, height // scale + 2, width // scale + 2, generator=generator)
+            image += 4.0 * scale**0.6 * F.interpolate(noise, (height, width), mode="bicubic")
+        pixels = image[0].clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy()
+        paths.append(str(Path(folder.name) / f"{i:02}.jpg"))
+        Image.fromarray(pixels).save(paths[-1], quality=90)
+    return folder, paths
 
 
 def _random(device: torch.device, dtype: torch.dtype, index: int) -> Callable[..., Tensor]:
@@ -250,43 +321,53 @@ def _attention_qkv_ref(qkv: Tensor, heads: int) -> Tensor:
 def _model_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
     size = dimensions(model)
     e = DTYPES[dtype].itemsize
-    weights = sum(parameter.numel() for parameter in reference_model(model).parameters())
+    reference = reference_model(model)
+    weights = sum(parameter.numel() for parameter in reference.parameters())
     pixels = batch * 3 * size["height"] * size["width"]
+    logits = batch * size["classes"]
     shape = {"batch": batch, **{k: size[k] for k in ("height", "width", "tokens", "dim", "depth")}}
+    flops = batch * model_flops(model)
 
-    def inputs(device: torch.device, index: int) -> dict[str, Any]:
+    def draw_pixels(device: torch.device, index: int) -> dict[str, Any]:
         return {"pixels": _random(device, DTYPES[dtype], index)(batch, 3, size["height"], size["width"])}
 
+    def draw_tokens(device: torch.device, index: int) -> dict[str, Any]:
+        return {"x": _random(device, DTYPES[dtype], index)(batch, size["tokens"], size["dim"])}
+
+    def take_files(device: torch.device, index: int) -> dict[str, Any]:
+        paths = _photos()[1]
+        return {"files": [paths[(index * batch + i) % len(paths)] for i in range(batch)]}
+
+    block = reference.blocks[0]
+    block_weights = sum(parameter.numel() for parameter in block.parameters())
+    tokens = batch * size["tokens"] * size["dim"]
     yield Workload(
-        "model",
+        "block",
         model,
-        "model",
+        "block",
         model,
-        shape,
+        {"batch": batch, **{k: size[k] for k in ("tokens", "dim", "heads", "hidden")}},
         dtype,
-        batch * model_flops(model),
-        (weights + pixels + batch * size["classes"]) * e,
-        inputs,
-        reference_model(model),
+        batch * _flops(block, 1, size["tokens"], size["dim"]),
+        (block_weights + 2 * tokens) * e,
+        draw_tokens,
+        block,
     )
-    yield Workload(
-        "train",
-        model,
-        "train",
-        model,
-        shape,
-        dtype,
-        3.0 * batch * model_flops(model),
-        (3 * weights + pixels) * e,
-        inputs,
-        reference_model(model),
-    )
+    inference = (weights + pixels + logits) * e
+    yield Workload("model", model, "model", model, shape, dtype, flops, inference, draw_pixels, reference)
+    # AdamW reads weights and two moments and writes them; the gradients are written too
+    trained = (7 * weights + pixels) * e
+    yield Workload("train", model, "train", model, shape, dtype, 3 * flops, trained, draw_pixels, reference)
+    # the device gets uint8 pixels
+    decoded = (weights + logits) * e + pixels
+    whole = Normalized(reference)
+    yield Workload("end_to_end", model, "end_to_end", model, shape, dtype, flops, decoded, take_files, whole)
 
 
 def workloads(
     layers: tuple[str, ...], models: tuple[str, ...], batches: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> list[Workload]:
-    """All workloads of the given layers, models, batches and dtypes, kernels before models.
+    """All workloads of the given layers, models, batches and dtypes, kernels before blocks before models.
 
     Args:
         layers: of `results.LAYERS`.

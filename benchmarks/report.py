@@ -27,8 +27,8 @@ from .targets import SOURCE, fastest, is_compiled_peer, is_ours, standings
 
 IMAGE_LAYERS = {
     "model": "Inference",
-    "train": "Training step (forward and backward)",
-    "end_to_end": "End to end, from files",
+    "train": "Training step (forward, backward, AdamW)",
+    "end_to_end": "End to end, from JPEG files to logits",
     "block": "One block",
 }
 """Layers whose rows are read in images a second, in the order of the report."""
@@ -158,7 +158,8 @@ def timm_csvs(run: Run) -> dict[str, str]:
     repository, so that the two can be joined on `model` and image size. timm has one batch a model, this has a line
     per measured batch. What to know before comparing: timm's step time has a synchronisation in each step, this is a
     median without; GMACs here are torch's count (matrix products, convolutions, attention), a percent or less below
-    fvcore's; a training step here has no optimiser in it. Rows that were not timed have no line.
+    fvcore's; a training step's optimiser is AdamW here, and there SGD with momentum if not told otherwise. Rows that
+    were not timed have no line.
     """
     files: dict[tuple[str, str, str], list[Row]] = {}
     for row in run.rows:
@@ -399,7 +400,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.ceilings is not None:
         facts.append(("ceiling, large copy", f"{number(run.ceilings.copy_gb_s)} GB/s"))
         for dtype, rate in run.ceilings.gemm_tflop_s.items():
-            facts.append((f"ceiling, large {dtype} GEMM", f"{number(rate)} TFLOP/s"))
+            facts.append((f"ceiling, torch's {dtype} GEMM", f"{number(rate)} TFLOP/s"))
     units = {"clocks.sm": "MHz", "clocks.mem": "MHz", "power.draw": "W", "temperature.gpu": "°C"}
     for field, unit in units.items():
         values = sorted(_floats(row.telemetry.get(field) for row in run.rows))
@@ -424,9 +425,11 @@ METHOD = (
     "last-level cache, after a warm-up; a number is the median over rounds, with the 20th and 80th percentile. Who "
     "fails the parity rule (error against float64 at most twice that of plain PyTorch in the same precision) is not "
     "timed. The floor is max(FLOPs / GEMM rate, bytes / copy bandwidth) and MFU is FLOP/s over GEMM rate, both by "
-    "ceilings measured in the same run. × peer is speed over the fastest compiled peer (neither vitfast nor eager; for "
-    "kernels the fastest peer of all), × eager is speed over torch eager. Peak memory is what one call holds beyond "
-    "weights and inputs."
+    "ceilings measured in the same run: the fastest samples of a large copy and of torch's own large GEMM. A training "
+    "step is forward, backward and fused AdamW. From files, as many threads as torch has decode and resize while the "
+    "model runs; the files are in the system's cache, and the floor is that of the model alone. × peer is speed over "
+    "the fastest compiled peer (neither vitfast nor eager; for kernels the fastest peer of all), × eager is speed over "
+    "torch eager. Peak memory is what one call holds beyond weights and inputs."
 )
 """How to read the numbers; stands on every report."""
 

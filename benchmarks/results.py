@@ -9,9 +9,10 @@ same versions, same commit.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -139,25 +140,94 @@ def load(path: Path) -> Run:
     """Read a results file.
 
     Raises:
-        ValueError: it is no results file, or one of another schema; says which schema is read.
+        ValueError: it is no results file, one of another schema, or one with a field that is missing, unknown or not
+            what it should be; the message names the file, the row and the field.
         FileNotFoundError: there is none.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a results file: {error}") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path}: results of schema {schema!r}; this version reads schema {SCHEMA}")
-    known = {f.name for f in fields(Row)}
     try:
-        rows = [Row(**row) for row in content["rows"]]
-        ceilings = None if content["ceilings"] is None else Ceilings(**content["ceilings"])
-        return Run(content["environment"], ceilings, rows)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: damaged results file ({error}); a row's fields are {', '.join(sorted(known))}"
-        ) from error
+        _check_fields(content, {"schema", "environment", "ceilings", "rows"})
+        if not isinstance(content["environment"], dict):
+            raise ValueError(f"environment is {content['environment']!r}; expected an object")
+        if not isinstance(content["rows"], list):
+            raise ValueError(f"rows is {content['rows']!r}; expected a list")
+        if content["ceilings"] is not None:
+            _check(content["ceilings"], Ceilings, "ceilings")
+        for position, row in enumerate(content["rows"]):
+            _check(row, Row, f"row {position}")
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged results file: {error}") from error
+    ceilings = None if content["ceilings"] is None else Ceilings(**content["ceilings"])
+    return Run(content["environment"], ceilings, [Row(**row) for row in content["rows"]])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_rate(value)
+
+
+def _is_map(value: Any, item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(item(one) for one in value.values())
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("workload", "dtype", "candidate", "note"), (lambda v: isinstance(v, str), "a text")),
+    "layer": (lambda v: v in LAYERS, f"one of {', '.join(LAYERS)}"),
+    "status": (lambda v: v in STATUSES, f"one of {', '.join(STATUSES)}"),
+    "shape": (lambda v: _is_map(v, _is_count), "an object of positive integers"),
+    "telemetry": (lambda v: _is_map(v, lambda one: one is None or isinstance(one, str)), "an object of texts"),
+    **dict.fromkeys(("flops", "bytes"), (_is_number, "a number that is not negative")),
+    **dict.fromkeys(
+        ("ms", "ms_p20", "ms_p80", "floor_ms"), (lambda v: v is None or _is_rate(v), "a positive number or null")
+    ),
+    **dict.fromkeys(
+        ("cold_ms", "peak_mb", "error", "error_limit"),
+        (lambda v: v is None or _is_number(v), "a number that is not negative, or null"),
+    ),
+    **dict.fromkeys(("samples", "calls"), (lambda v: v is None or _is_count(v), "a positive integer or null")),
+    "copy_gb_s": (_is_rate, "a positive number"),
+    "gemm_tflop_s": (lambda v: _is_map(v, _is_rate), "an object of positive numbers"),
+}
+"""What the fields of a row and of the ceilings may hold, and how to say so."""
+
+
+def _check(value: Any, kind: type[Row] | type[Ceilings], where: str) -> None:
+    """Raise a `ValueError` that names the field unless these are the fields of a row, or of ceilings."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}; expected an object")
+    if kind is Row:
+        where += f" ({value.get('workload')}, {value.get('candidate')})"
+    try:
+        required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+        _check_fields(value, {f.name for f in fields(kind)}, required)
+        for name, one in value.items():
+            right, accepted = _FIELDS[name]
+            if not right(one):
+                raise ValueError(f"{name} is {one!r}; expected {accepted}")
+        if kind is Row and value.get("ms") is not None and value["status"] != "ok":
+            raise ValueError(f"ms is {value['ms']!r}; expected null where the status is {value['status']!r}")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_fields(value: dict[str, Any], known: set[str], required: set[str] | None = None) -> None:
+    if missing := (known if required is None else required) - value.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    if unknown := value.keys() - known:
+        raise ValueError(f"{min(unknown)} is unknown; expected {', '.join(sorted(known))}")
 
 
 def same_run(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """The `vitfast` command. Each subcommand is a thin front of a public function.
 
-Exit statuses: 0 all is well, 1 the tolerance rule or the installation is broken, 2 it could not be done (the command
-line, a file, a missing package), 130 interrupted, 141 whoever read the output went away.
+Exit statuses: 0 all is well, 1 the tolerance rule or the installation is broken or a benchmark became slower, 2 it
+could not be done (the command line, a file, a missing package), 130 interrupted, 141 whoever read the output went away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 EPILOGUE = """\
 exit status:
   0  all is well
-  1  the tolerance rule is broken (demo, parity), or the installation (doctor)
+  1  the tolerance rule is broken (demo, parity, bench), or the installation (doctor);
+     something became slower (bench compare --fail)
   2  it could not be done: command line, input file, missing package
 """
 
@@ -44,6 +45,16 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 100.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage of at least 0 and below 100")
     return value
 
 
@@ -124,11 +135,10 @@ def _parser() -> _Parser:
         help="time vitfast against every peer that is installed, with parity beside each time",
         description="Time plain torch, inductor, timm, Transformers, torchvision and vitfast rung by rung, "
         "interleaved, on this machine. Writes results.json, a page, Markdown tables and timm's CSV columns to --out. A "
-        "run that was killed goes on where it stopped. With `compare A.json B.json`: ratios of two results files "
-        "instead, and which differences are noise.",
+        "run that was killed goes on where it stopped. Exit status 1 when one of vitfast's rows breaks the tolerance "
+        "rule.",
         parents=[common],
     )
-    bench.add_argument("words", nargs="*", metavar="compare A.json B.json", help="compare two results files instead")
     bench.add_argument(
         "--model", nargs="+", metavar="NAME", help="architectures (default: the suite's; on CPU Ti and B)"
     )
@@ -137,13 +147,34 @@ def _parser() -> _Parser:
     )
     bench.add_argument("--precision", nargs="+", metavar="P", help="such as bf16 (default bf16 on cuda, fp32 on CPU)")
     bench.add_argument("--peers", nargs="+", metavar="NAME", help="starts of peers' names, such as timm (default: all)")
+    bench.add_argument(
+        "--layers",
+        nargs="+",
+        choices=("kernel", "block", "model", "train", "end_to_end"),
+        metavar="LAYER",
+        help="what is measured, most wanted first: kernel, block, model, train, end_to_end (default model)",
+    )
     bench.add_argument("--kernels", action="store_true", help="the kernels at the models' shapes too")
-    bench.add_argument("--train", action="store_true", help="forward and backward too")
     bench.add_argument("--quick", action="store_true", help="a first look: one small model and its kernels, batch 1")
     bench.add_argument("--budget", type=_seconds, metavar="SECONDS", help="of timing (default: 10 a workload)")
     bench.add_argument("--out", metavar="DIR", default="vitfast-bench", help="where files go (default ./%(default)s)")
     bench.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where torch sees one, else cpu)")
     bench.set_defaults(run=_bench)
+    actions = bench.add_subparsers(metavar="compare", help="instead of measuring; see `vitfast bench compare --help`")
+    compare = actions.add_parser(
+        "compare",
+        description="Ratios of two results files, row by row, and which differences are noise.",
+        parents=[common],
+    )
+    compare.add_argument("a", metavar="A.json", help="results before")
+    compare.add_argument("b", metavar="B.json", help="results after")
+    compare.add_argument(
+        "--fail",
+        type=_percent,
+        metavar="PERCENT",
+        help="exit status 1 if a row broke, or lost more than this of its speed and more than noise",
+    )
+    compare.set_defaults(run=_compare)
     return parser
 
 
@@ -199,15 +230,8 @@ def _bench(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from .benchmarks import registry, report, run
-    from .benchmarks.compare import compare
-    from .benchmarks.results import load
     from .parity import pick_device
 
-    if options.words:
-        if len(options.words) != 3 or options.words[0] != "compare":
-            raise ValueError(f"bench {' '.join(options.words)}: expected nothing there, or compare A.json B.json")
-        print(compare(load(Path(options.words[1])), load(Path(options.words[2]))))
-        return 0
     device = pick_device(options.device)
     cuda = device.type == "cuda"
     if options.quick:
@@ -216,9 +240,11 @@ def _bench(options: argparse.Namespace) -> int:
     else:
         models = tuple(registry.MODELS) if cuda else ("vit_tiny_patch16_224", "vit_base_patch16_224")
         batches = registry.BATCHES if cuda else (1,)
-    layers = ("model",) + ("kernel",) * (options.kernels or options.quick) + ("train",) * options.train
+    layers = list(options.layers or ["model"])
+    if (options.kernels or options.quick) and "kernel" not in layers:
+        layers.append("kernel")
     todo = registry.workloads(
-        layers,
+        tuple(layers),
         tuple(options.model or models),
         tuple(options.batch or batches),
         tuple(options.precision or (("bf16",) if cuda else ("fp32",))),
@@ -226,20 +252,37 @@ def _bench(options: argparse.Namespace) -> int:
     # what is asked for most comes first, so that a budget cuts the rest
     todo.sort(key=lambda workload: layers.index(workload.layer))
     out = Path(options.out)
-    result = run.run(
-        todo,
-        out / "results.json",
-        device,
-        peer_names=None if options.peers is None else tuple(options.peers),
-        budget_s=options.budget or (20.0 if options.quick else None),
-        quick=options.quick,
-        say=_progress,
-    )
+    with run.Bar(sys.stderr) as bar:
+        result = run.run(
+            todo,
+            out / "results.json",
+            device,
+            peer_names=None if options.peers is None else tuple(options.peers),
+            budget_s=options.budget or (20.0 if options.quick else None),
+            quick=options.quick,
+            say=bar.say,
+            progress=bar.step,
+        )
     written = report.write(result, out)
     print(report.markdown(result))
     for path in written:
         _progress(f"wrote {path}")
     return 1 if any(row.status == "failed parity" and row.candidate.startswith("vitfast") for row in result.rows) else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .benchmarks.compare import compare
+    from .benchmarks.results import load
+
+    found = compare(load(Path(options.a)), load(Path(options.b)))
+    print(found)
+    if options.fail is None:
+        return 0
+    worse = found.regressions(options.fail / 100)
+    print(f"\n{len(worse)} rows broke, or lost more than {options.fail:g} % of their speed and more than noise.")
+    return 1 if worse else 0
 
 
 def _progress(message: str) -> None:

@@ -27,8 +27,8 @@ class Peer:
         name: as rows show it, such as "timm compiled".
         ops: values of `Workload.op` it has a function for.
         missing: why it cannot run this workload on this device, or None if it can.
-        build: its function of one set of inputs, weights in place on the device. What it returns for a model are the
-            logits, for "train" what `train_step` returns.
+        build: its function of one set of inputs, weights in place on the device. It returns what the workload's
+            reference does; for "train" what `train_step` does.
     """
 
     name: str
@@ -57,7 +57,7 @@ def unusable(module: str, extra: str | None = None) -> str | None:
 
 
 def train_step(model: torch.nn.Module, forward: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """One forward and backward pass; the gradient of the patch embedding's weights, which all others lead to.
+    """A forward and a backward pass; the gradient of the patch embedding's weights, which all others lead to.
 
     The loss is the mean square of the logits, in fp32: it needs no labels and its gradient reaches everything.
     """

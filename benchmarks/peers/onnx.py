@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..registry import Workload
 from . import Peer, unusable
-from .plain import plain_model
+from .plain import plain_module
 
 _OPS = frozenset({"model"})
 
@@ -30,7 +30,7 @@ def _missing(library: str) -> Callable[[Workload, torch.device], str | None]:
 
 def _export(workload: Workload, folder: str) -> Path:
     path = Path(folder) / "model.onnx"
-    model = plain_model(workload, torch.device("cpu"))
+    model = plain_module(workload, torch.device("cpu"))
     pixels = workload.inputs(torch.device("cpu"), 0)["pixels"]
     torch.onnx.export(model, (pixels,), path, dynamo=True, verbose=False, input_names=["pixels"])
     return path

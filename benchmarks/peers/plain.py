@@ -4,36 +4,93 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..registry import Workload, reference_model
+from vitfast import preprocess
+
+from ..registry import Workload, photo_spec
 from . import Peer, train_step
 
-OPS = frozenset({"patch_embed", "layer_norm", "add_layer_norm", "attention", "linear", "model", "train"})
+MODULES = frozenset({"block", "model", "train", "end_to_end"})
+OPS = frozenset({"patch_embed", "layer_norm", "add_layer_norm", "attention", "linear"}) | MODULES
+
+PARTS = 4
+"""In how many parts a batch of files goes through the model, where the batch can be divided so."""
 
 
-def plain_model(workload: Workload, device: torch.device) -> nn.Module:
-    """The reference model with the workload's weights, dtype and mode, on the device."""
-    model = copy.deepcopy(reference_model(workload.model)).to(device, workload.torch_dtype)
-    return model.train() if workload.op == "train" else model.eval()
+def plain_module(workload: Workload, device: torch.device) -> nn.Module:
+    """The reference with the workload's weights, dtype and mode, on the device: a model or a block."""
+    assert isinstance(workload.reference, nn.Module)
+    module = copy.deepcopy(workload.reference).to(device, workload.torch_dtype)
+    return module.train(workload.op == "train")
 
 
-def model_function(
-    workload: Workload, model: nn.Module, forward: Callable[[Tensor], Tensor]
+def module_function(
+    workload: Workload, module: nn.Module, forward: Callable[[Tensor], Tensor]
 ) -> Callable[[dict[str, Any]], Tensor]:
-    """`forward` as a function of a workload's inputs: inference, or a training step."""
+    """`forward` as a function of a workload's inputs: inference, a training step, or inference from files.
+
+    Args:
+        workload: what is measured.
+        module: whose parameters are trained.
+        forward: of pixels or tokens; from files, of decoded pixels in uint8.
+    """
     if workload.op == "train":
-        return lambda inputs: train_step(model, forward, inputs["pixels"])
+        # a rate of zero costs what any rate does, and leaves the weights that parity was shown for
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+
+        def train(inputs: dict[str, Any]) -> Tensor:
+            gradient = train_step(module, forward, inputs["pixels"])
+            optimizer.step()
+            return gradient
+
+        return train
+    if workload.op == "end_to_end":
+        device = next(module.parameters()).device
+        return lambda inputs: from_files(workload.model, forward, inputs["files"], device)
 
     def infer(inputs: dict[str, Any]) -> Tensor:
+        (tensor,) = inputs.values()
         with torch.inference_mode():
-            return forward(inputs["pixels"])
+            return forward(tensor)
 
     return infer
+
+
+@functools.cache
+def _decoders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decoder")
+
+
+def from_files(model: str, forward: Callable[[Tensor], Tensor], files: list[str], device: torch.device) -> Tensor:
+    """Logits of JPEG files. Threads, as many as torch has, decode, resize and crop; whenever a part of the batch is
+    decoded, it goes to the device, which computes while the next one is decoded. All parts are of one size, and nothing
+    of one call is done in the time of another.
+
+    Args:
+        model: whose size the pixels get.
+        forward: logits of decoded pixels `[B, 3, H, W]` in uint8.
+        files: paths.
+        device: where `forward` runs.
+    """
+    spec = photo_spec(model)
+    decoding = [_decoders().submit(preprocess, file, spec) for file in files]
+    part = len(files) // math.gcd(len(files), PARTS)
+    logits = []
+    with torch.inference_mode():
+        for first in range(0, len(files), part):
+            pixels = torch.cat([image.result() for image in decoding[first : first + part]])
+            if device.type == "cuda":
+                # from pinned memory the copy does not stop the host
+                pixels = pixels.pin_memory().to(device, non_blocking=True)
+            logits.append(forward(pixels))
+        return torch.cat(logits)
 
 
 def eager_and_compiled(
@@ -55,7 +112,7 @@ def eager_and_compiled(
         torch.compiler.reset()
         model = make(workload, device)
         call = torch.compile(model, dynamic=False) if compiled else model
-        return model_function(workload, model, lambda pixels: logits(call(pixels)))
+        return module_function(workload, model, lambda pixels: logits(call(pixels)))
 
     ops = frozenset({"model", "train"})
     return (
@@ -75,9 +132,9 @@ def max_autotune_missing(workload: Workload, device: torch.device) -> str | None
 
 
 def _eager(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    if workload.op in ("model", "train"):
-        model = plain_model(workload, device)
-        return model_function(workload, model, model)
+    if workload.op in MODULES:
+        module = plain_module(workload, device)
+        return module_function(workload, module, module)
 
     def run(inputs: dict[str, Any]) -> Tensor:
         with torch.inference_mode():
@@ -90,9 +147,9 @@ def _compiled(mode: str | None) -> Callable[[Workload, torch.device], Callable[[
     def build(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
         # each workload is compiled for its own sizes, as a user with one batch size gets it
         torch.compiler.reset()
-        if workload.op in ("model", "train"):
-            model = plain_model(workload, device)
-            return model_function(workload, model, torch.compile(model, mode=mode, dynamic=False))
+        if workload.op in MODULES:
+            module = plain_module(workload, device)
+            return module_function(workload, module, torch.compile(module, mode=mode, dynamic=False))
         compiled = torch.compile(workload.reference, mode=mode, dynamic=False)
 
         def run(inputs: dict[str, Any]) -> Tensor:
@@ -108,5 +165,5 @@ PEERS = (
     Peer("torch eager", OPS, never_missing, _eager),
     Peer("torch compiled", OPS, never_missing, _compiled(None)),
     Peer("torch max-autotune", OPS, max_autotune_missing, _compiled("max-autotune-no-cudagraphs")),
-    Peer("torch max-autotune +graph", frozenset({"model"}), max_autotune_missing, _compiled("max-autotune")),
+    Peer("torch max-autotune +graph", frozenset({"block", "model"}), max_autotune_missing, _compiled("max-autotune")),
 )

@@ -10,53 +10,69 @@ from torch import Tensor, nn
 
 import vitfast
 from vitfast import kernels
+from vitfast.layers import KINDS
 
-from ..registry import Workload
+from ..registry import MEAN, STD, Normalized, Workload
 from . import Peer
-from .plain import model_function, never_missing, plain_model
+from .plain import MODULES, module_function, never_missing, plain_module
 
-RUNGS = ("patch_embed", "layer_norm", "attention", "mlp", "block")
+RUNGS: dict[str, frozenset[str]] = {
+    "patch_embed": frozenset({"model", "train", "end_to_end"}),
+    "layer_norm": frozenset({"block", "model", "train"}),
+    "attention": frozenset({"block", "model", "train"}),
+    "mlp": frozenset({"block", "model", "train"}),
+    "block": MODULES,
+    # what these two leave out is needed in training
+    "fold": frozenset({"model"}),
+    "tail": frozenset({"model", "end_to_end"}),
+}
+"""Kinds of replacement in the order they are added, each with the ops it is measured in: those where it changes what
+runs, and from files only the first rung and what is left when all are there."""
 
 
-def _accelerated(workload: Workload, device: torch.device, rungs: int) -> nn.Module:
-    model = plain_model(workload, device)
+def _accelerated(workload: Workload, device: torch.device, kinds: tuple[str, ...]) -> nn.Module:
+    module = plain_module(workload, device)
+    # from files the patch embedding normalises the pixels
+    normalize = ((MEAN,) * 3, (STD,) * 3) if isinstance(module, Normalized) else None
+    model = module.model if isinstance(module, Normalized) else module
     precision = "tf32" if workload.dtype == "tf32" else None
-    return vitfast.accelerate(model, only=RUNGS[:rungs], precision=precision)
+    return vitfast.accelerate(model, only=kinds, precision=precision, normalize=normalize)
 
 
-def _rung(rungs: int) -> Callable[[Workload, torch.device], Callable[[dict[str, Any]], Tensor]]:
+def _rung(kind: str) -> Callable[[Workload, torch.device], Callable[[dict[str, Any]], Tensor]]:
+    kinds = KINDS[: KINDS.index(kind) + 1]
+
     def build(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-        model = _accelerated(workload, device, rungs)
-        return model_function(workload, model, model)
+        module = _accelerated(workload, device, kinds)
+        return module_function(workload, module, module)
 
     return build
 
 
 def _compiled(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
     torch.compiler.reset()
-    model = _accelerated(workload, device, len(RUNGS))
-    return model_function(workload, model, torch.compile(model, dynamic=False))
+    module = _accelerated(workload, device, KINDS)
+    return module_function(workload, module, torch.compile(module, dynamic=False))
 
 
-def graphed(function: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[str, Any]], Tensor]:
-    """A function of one tensor of pixels as a CUDA graph, inputs copied in and the output copied out."""
+def graphed(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of one tensor as a CUDA graph, the input copied in and the output copied out."""
     captured: dict[str, Any] = {}
 
-    def run(inputs: dict[str, Any]) -> Tensor:
+    def run(x: Tensor) -> Tensor:
         if not captured:
-            static = {name: value.clone() for name, value in inputs.items()}
+            static = x.clone()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):
-                    function(static)
+                    forward(static)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                output = function(static)
+                output = forward(static)
             captured.update(static=static, graph=graph, output=output)
-        for name, value in captured["static"].items():
-            value.copy_(inputs[name])
+        captured["static"].copy_(x)
         captured["graph"].replay()
         return captured["output"].clone()
 
@@ -64,15 +80,18 @@ def graphed(function: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[str,
 
 
 def _graph(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    return graphed(_rung(len(RUNGS))(workload, device))
+    module = _accelerated(workload, device, KINDS)
+    return module_function(workload, module, graphed(module))
 
 
 def _compiled_graph(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    return graphed(_compiled(workload, device))
+    torch.compiler.reset()
+    module = _accelerated(workload, device, KINDS)
+    return module_function(workload, module, graphed(torch.compile(module, dynamic=False)))
 
 
-def _needs_cuda(workload: Workload, device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "CUDA graphs need a CUDA device"
+def _needs_cuda(what: str) -> Callable[[Workload, torch.device], str | None]:
+    return lambda workload, device: None if device.type == "cuda" else f"{what} needs a CUDA device"
 
 
 def _kernel(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
@@ -87,16 +106,16 @@ def _kernel(workload: Workload, device: torch.device) -> Callable[[dict[str, Any
     return run
 
 
-_MODELS = frozenset({"model", "train"})
 _KERNELS = frozenset({"patch_embed", "layer_norm", "add_layer_norm", "attention", "linear"})
+_INFERENCE = MODULES - {"train"}
 
 PEERS = (
     Peer("vitfast", _KERNELS, never_missing, _kernel),
     *(
-        Peer(f"vitfast +{rung}", _MODELS, never_missing, _rung(position))
-        for position, rung in enumerate(RUNGS, start=1)
+        Peer(f"vitfast +{kind}", ops, _needs_cuda("folding") if kind == "fold" else never_missing, _rung(kind))
+        for kind, ops in RUNGS.items()
     ),
-    Peer("vitfast +compile", _MODELS, never_missing, _compiled),
-    Peer("vitfast +graph", frozenset({"model"}), _needs_cuda, _graph),
-    Peer("vitfast +compile +graph", frozenset({"model"}), _needs_cuda, _compiled_graph),
+    Peer("vitfast +compile", MODULES, never_missing, _compiled),
+    Peer("vitfast +graph", _INFERENCE, _needs_cuda("a CUDA graph"), _graph),
+    Peer("vitfast +compile +graph", frozenset({"block", "model"}), _needs_cuda("a CUDA graph"), _compiled_graph),
 )

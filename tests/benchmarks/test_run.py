@@ -31,6 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # times do not matter here, only that they are taken
     timed = measure.time_interleaved
     monkeypatch.setattr(measure, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
+    monkeypatch.setattr(measure, "CEILING_S", 0.01)
     registry.reference_model.cache_clear()
     registry.model_flops.cache_clear()
     yield
