@@ -14,7 +14,8 @@ code, which is three things:
    the machine does on its own. On each workload the median move of its peers, which were timed in turns with ours, is
    noise and comes on top of what the first two rules allow. Over the whole run so are the median move of all peers and
    three standard deviations (sigma from p20..p80 again, so that a few peers which did change count for nothing). If
-   everything is slower, that is the machine.
+   everything is slower, that is the machine. Without peers nothing tells a busy hour from slower code, and the first
+   two rules alone call one row in four of a busy machine slower or faster; such a comparison is not `controlled`.
 
 `tests/benchmarks/test_compare.py` holds the rule by simulation.
 """
@@ -99,6 +100,7 @@ class Comparison:
         ceilings: B's measured ceilings over A's, by name.
         floor: relative difference that counted as noise for every pair; one whose own peers moved has more.
         controls: how many peers' rows were a control; 0 where there were too few.
+        controlled: whether there is a control at all, of the run or of single workloads.
         drift, wobble: median and standard deviation of the logarithms of their ratios; 0 without a control.
         unsteady: share of the rows of A and of B with a p20..p80 wider than `UNSTEADY` of the median.
     """
@@ -113,6 +115,7 @@ class Comparison:
     drift: float = 0.0
     wobble: float = 0.0
     unsteady: tuple[float, float] = (0.0, 0.0)
+    controlled: bool = False
 
     def regressions(self, threshold: float = 0.05) -> list[Pair]:
         """What a gate should stop: rows that broke, and rows slower by more than `threshold` and more than noise.
@@ -208,6 +211,7 @@ def compare(a: Run, b: Run) -> Comparison:
         drift,
         wobble,
         (_unsteady(a), _unsteady(b)),
+        bool(controls),
     )
 
 

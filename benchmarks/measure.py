@@ -208,7 +208,7 @@ def _gemms(a: Tensor, b: Tensor) -> list[Candidate]:
     found: list[Candidate] = [lambda i: torch.mm(a, b)]
     if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # oneDNN's, which inductor calls; torch.mm calls MKL, which is half as fast as oneDNN on AMD
-        packed = torch.ops.mkldnn._reorder_linear_weight(b)
+        packed = torch.ops.mkldnn._reorder_linear_weight(b.t().contiguous())
 
         @torch.inference_mode()
         def onednn(i: int) -> Tensor:

@@ -172,7 +172,8 @@ def _parser() -> _Parser:
         "--fail",
         type=_percent,
         metavar="PERCENT",
-        help="exit status 1 if a row broke, or lost more than this of its speed and more than noise",
+        help="exit status 1 if a row broke, or lost more than this of its speed and more than noise; needs rows of "
+        "peers in both, such as torch eager",
     )
     compare.set_defaults(run=_compare)
     return parser
@@ -280,6 +281,11 @@ def _compare(options: argparse.Namespace) -> int:
     print(found)
     if options.fail is None:
         return 0
+    if not found.controlled:
+        raise ValueError(
+            f"--fail: {options.a} and {options.b} have no timed rows of the same peers and versions in common; without "
+            "them a busy machine cannot be told from slower code"
+        )
     worse = found.regressions(options.fail / 100)
     print(f"\n{len(worse)} rows broke, or lost more than {options.fail:g} % of their speed and more than noise.")
     return 1 if worse else 0

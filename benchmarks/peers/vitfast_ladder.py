@@ -30,64 +30,24 @@ RUNGS: dict[str, frozenset[str]] = {
 runs, and from files only the first rung and what is left when all are there."""
 
 
-def _accelerated(workload: Workload, device: torch.device, kinds: tuple[str, ...]) -> nn.Module:
-    module = plain_module(workload, device)
-    # from files the patch embedding normalises the pixels
-    normalize = ((MEAN,) * 3, (STD,) * 3) if isinstance(module, Normalized) else None
-    model = module.model if isinstance(module, Normalized) else module
+def _build(
+    workload: Workload, device: torch.device, last: str, **how: bool
+) -> Callable[[dict[str, Any]], Tensor]:
+    """All kinds up to the last one, and `accelerate`'s compile or cuda_graph."""
+    torch.compiler.reset()
+    module: nn.Module = plain_module(workload, device)
+    normalize = None
+    if isinstance(module, Normalized):
+        # the patch embedding does it instead
+        module, normalize = module.model, ((MEAN,) * 3, (STD,) * 3)
     precision = "tf32" if workload.dtype == "tf32" else None
-    return vitfast.accelerate(model, only=kinds, precision=precision, normalize=normalize)
+    kinds = KINDS[: KINDS.index(last) + 1]
+    vitfast.accelerate(module, only=kinds, precision=precision, normalize=normalize, **how)
+    return module_function(workload, module, module)
 
 
-def _rung(kind: str) -> Callable[[Workload, torch.device], Callable[[dict[str, Any]], Tensor]]:
-    kinds = KINDS[: KINDS.index(kind) + 1]
-
-    def build(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-        module = _accelerated(workload, device, kinds)
-        return module_function(workload, module, module)
-
-    return build
-
-
-def _compiled(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    torch.compiler.reset()
-    module = _accelerated(workload, device, KINDS)
-    return module_function(workload, module, torch.compile(module, dynamic=False))
-
-
-def graphed(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A function of one tensor as a CUDA graph, the input copied in and the output copied out."""
-    captured: dict[str, Any] = {}
-
-    def run(x: Tensor) -> Tensor:
-        if not captured:
-            static = x.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    forward(static)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = forward(static)
-            captured.update(static=static, graph=graph, output=output)
-        captured["static"].copy_(x)
-        captured["graph"].replay()
-        return captured["output"].clone()
-
-    return run
-
-
-def _graph(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    module = _accelerated(workload, device, KINDS)
-    return module_function(workload, module, graphed(module))
-
-
-def _compiled_graph(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
-    torch.compiler.reset()
-    module = _accelerated(workload, device, KINDS)
-    return module_function(workload, module, graphed(torch.compile(module, dynamic=False)))
+def _rung(last: str, **how: bool) -> Callable[[Workload, torch.device], Callable[[dict[str, Any]], Tensor]]:
+    return lambda workload, device: _build(workload, device, last, **how)
 
 
 def _needs_cuda(what: str) -> Callable[[Workload, torch.device], str | None]:
@@ -115,7 +75,12 @@ PEERS = (
         Peer(f"vitfast +{kind}", ops, _needs_cuda("folding") if kind == "fold" else never_missing, _rung(kind))
         for kind, ops in RUNGS.items()
     ),
-    Peer("vitfast +compile", MODULES, never_missing, _compiled),
-    Peer("vitfast +graph", _INFERENCE, _needs_cuda("a CUDA graph"), _graph),
-    Peer("vitfast +compile +graph", frozenset({"block", "model"}), _needs_cuda("a CUDA graph"), _compiled_graph),
+    Peer("vitfast +compile", MODULES, never_missing, _rung(KINDS[-1], compile=True)),
+    Peer("vitfast +graph", _INFERENCE, _needs_cuda("a CUDA graph"), _rung(KINDS[-1], cuda_graph=True)),
+    Peer(
+        "vitfast +compile +graph",
+        frozenset({"block", "model"}),
+        _needs_cuda("a CUDA graph"),
+        _rung(KINDS[-1], compile=True, cuda_graph=True),
+    ),
 )

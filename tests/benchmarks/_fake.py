@@ -41,6 +41,8 @@ CANDIDATES = {
     "vitfast +attention": 0.50,
     "vitfast +mlp": 0.62,
     "vitfast +block": 0.64,
+    "vitfast +fold": 0.65,
+    "vitfast +tail": 0.655,
     "vitfast +compile": 0.66,
     "vitfast +graph": 0.68,
     "vitfast +compile +graph": 0.70,

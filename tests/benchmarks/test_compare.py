@@ -58,6 +58,50 @@ def test_a_tenth_is_found_at_two_per_cent_of_spread(samples: int, shift: float, 
     assert found[verdict] + found["no difference"] == 1000, found
 
 
+def _busy(seed: int, rounds: int, load: float, *, ours: float = 1.0, workloads: int = 60) -> Run:
+    """A run beside another process that comes and goes and takes up to `load` of what everyone needs, for about forty
+    samples on end; scheduling hits single samples too. `ours` is how much slower our own candidates are."""
+    r, slowed, rows = random.Random(seed), 1.0, []
+    speeds = {"torch eager": 1.0, "torch compiled": 1.0, "vitfast +mlp": ours, "vitfast +block": ours}
+    for i in range(workloads):
+        taken: dict[str, list[float]] = {name: [] for name in speeds}
+        for _ in range(rounds):
+            for name in r.sample(list(speeds), len(speeds)):
+                if r.random() < 0.025:
+                    slowed = 1.0 if slowed > 1.0 else 1.0 + load * r.random()
+                hit = 1.5 if r.random() < 0.05 else 1.0
+                taken[name].append(speeds[name] * slowed * hit * NOISES["long tail"](r))
+        rows += [replace(_row(i, samples), candidate=name) for name, samples in taken.items()]
+    return Run(environment(), None, rows)
+
+
+@pytest.mark.parametrize("load", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("rounds", [5, 30])
+def test_the_same_code_on_a_busy_machine_is_no_difference(rounds: int, load: float) -> None:
+    for seed in range(4):
+        found = compare(_busy(2 * seed, rounds, load), _busy(2 * seed + 1, rounds, load))
+        assert Counter(pair.verdict for pair in found.pairs)["no difference"] >= 0.995 * len(found.pairs)
+        assert found.regressions(0.0) == []
+        assert found.controlled
+
+
+def test_slower_code_is_found_on_a_busy_machine() -> None:
+    found = compare(_busy(1, 30, 0.3), _busy(2, 30, 0.3, ours=2.0))
+    ours = [pair for pair in found.pairs if pair.a.candidate.startswith("vitfast")]
+    assert len(found.regressions(0.05)) >= 0.9 * len(ours)
+
+
+def test_without_peers_there_is_no_control() -> None:
+    def alone(run: Run) -> Run:
+        return Run(run.environment, None, [row for row in run.rows if row.candidate.startswith("vitfast")])
+
+    assert not compare(alone(_busy(1, 5, 1.0)), alone(_busy(2, 5, 1.0))).controlled
+    # peers of another version moved for a reason of their own
+    newer = _busy(2, 5, 1.0)
+    newer.environment = environment(versions={"torch": "2.12.0"})
+    assert not compare(_busy(1, 5, 1.0), newer).controlled
+
+
 def test_two_processes_differ_by_more_than_their_samples() -> None:
     # tight samples, far apart for them, but no farther than two processes are
     assert _simulate(lambda r: r.gauss(1.0, 1e-4), 200, 1 + 0.9 * FLOOR)["no difference"] == 1000

@@ -73,6 +73,59 @@ def test_a_damaged_file_is_refused(run: Run, tmp_path: Path, damage: str) -> Non
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("layer", "kernels", r"layer is 'kernels'; expected one of kernel, block"),
+        ("status", "fine", r"status is 'fine'; expected one of ok, missing"),
+        ("ms", "fast", r"ms is 'fast'; expected a positive number or null"),
+        ("ms", 0, r"ms is 0; expected a positive number"),
+        ("ms_p20", True, r"ms_p20 is True"),
+        ("error", float("nan"), r"error is nan"),
+        ("flops", None, r"flops is None; expected a number"),
+        ("samples", 2.5, r"samples is 2.5; expected a positive integer"),
+        ("shape", [1, 2], r"shape is \[1, 2\]; expected an object"),
+        ("shape", {"batch": "8"}, r"shape is \{'batch': '8'\}; expected an object of positive integers"),
+        ("candidate", 7, r"candidate is 7; expected a text"),
+        ("telemetry", {"power.draw": 1.5}, r"telemetry is .*; expected an object of texts"),
+        ("status", "missing", r"ms is .*; expected null where the status is 'missing'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_row_and_field(
+    run: Run, tmp_path: Path, field: str, value: object, said: str
+) -> None:
+    path = tmp_path / "run.json"
+    run.save(path)
+    content = json.loads(path.read_text())
+    position = next(i for i, row in enumerate(content["rows"]) if row["ms"] is not None and i > 2)
+    content["rows"][position][field] = value
+    path.write_text(json.dumps(content))
+    workload, name = (content["rows"][position][key] for key in ("workload", "candidate"))
+    with pytest.raises(ValueError, match=rf"run\.json: damaged .*: row {position} \(.*\): {said}") as caught:
+        load(path)
+    assert f"({workload}, {name})" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"rows": {}}, "rows is {}; expected a list"),
+        ({"rows": ["row"]}, "row 0 is 'row'; expected an object"),
+        ({"environment": None}, "environment is None; expected an object"),
+        ({"ceilings": {"copy_gb_s": -1.0, "gemm_tflop_s": {}}}, "ceilings: copy_gb_s is -1.0; expected a positive"),
+        ({"ceilings": {"copy_gb_s": 1.0}}, "ceilings: gemm_tflop_s is missing"),
+        ({"more": 1}, "more is unknown; expected ceilings, environment, rows, schema"),
+    ],
+)
+def test_what_else_is_wrong_is_named(content: dict[str, object], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"schema": SCHEMA, "environment": {}, "ceilings": None, "rows": [], **content}))
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert f"damaged results file: {said}" in str(caught.value)
+
+
 def test_no_file_is_no_results_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import vitfast
 from vitfast.benchmarks import measure, registry, run
-from vitfast.benchmarks.peers import Peer, peers
+from vitfast.benchmarks.peers import Peer, peers, plain
 from vitfast.benchmarks.registry import Workload
 from vitfast.benchmarks.results import Run, load
 
@@ -65,6 +67,69 @@ def test_rows_of_a_model_and_a_training_step(tmp_path: Path) -> None:
         assert row.floor_ms == result.ceilings.floor_ms(row.flops, row.bytes, "fp32")
         assert row.cold_ms > 0 and row.samples >= 5
     assert rows["train", "torch eager"].flops == 3 * rows["model", "torch eager"].flops
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_blocks_and_files_of_every_candidate_that_runs_here(dtype: str, tmp_path: Path) -> None:
+    todo = registry.workloads(("block", "end_to_end"), (MODEL,), (6,), (dtype,))
+    options: dict[str, Any] = {"peer_names": ("torch eager", "vitfast +"), "budget_s": 600.0, "quick": True}
+    result = run.run(todo, tmp_path / "r.json", CPU, say=lambda line: None, **options)
+    found: dict[str, dict[str, str]] = {"block": {}, "end_to_end": {}}
+    for row in result.rows:
+        found[row.layer][row.candidate] = row.status
+    graphs = {"vitfast +graph": "missing"}
+    assert found["block"] == graphs | {"vitfast +compile +graph": "missing"} | dict.fromkeys(
+        ("torch eager", *(f"vitfast +{k}" for k in ("layer_norm", "attention", "mlp", "block", "compile"))), "ok"
+    )
+    assert found["end_to_end"] == graphs | dict.fromkeys(
+        ("torch eager", *(f"vitfast +{k}" for k in ("patch_embed", "block", "tail", "compile"))), "ok"
+    )
+    for row in result.rows:
+        assert row.shape["batch"] == 6
+        assert row.ms is None or row.images_per_s == pytest.approx(6000 / row.ms)
+
+
+@pytest.mark.parametrize("wrong", ["the order", "a crop", "a value"])
+def test_wrong_pixels_are_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = plain.preprocess
+
+    def preprocess(file: str, spec: Any) -> Tensor:
+        if wrong == "the order":
+            file = registry._photos()[1][0]
+        pixels = right(file, spec)
+        return {"the order": pixels, "a crop": pixels.roll(1, -1), "a value": pixels ^ 1}[wrong]
+
+    monkeypatch.setattr(plain, "preprocess", preprocess)
+    result, _ = _run(tmp_path / "r.json", "torch eager", "vitfast +block", layers=("end_to_end",))
+    assert {row.status for row in result.rows} == {"failed parity"}
+
+
+def test_photographs_are_jpeg_files_of_several_sizes() -> None:
+    opened = [Image.open(path) for path in registry._photos()[1]]
+    assert {image.format for image in opened} == {"JPEG"}
+    assert {image.size for image in opened} == set(registry.PHOTO_SIZES)
+    (workload,) = registry.workloads(("end_to_end",), (MODEL,), (3,), ("fp32",))
+    first, second = (workload.inputs(CPU, i)["files"] for i in (0, 1))
+    assert len({*first, *second}) == 6, "no call decodes what the one before did"
+
+
+def test_a_training_step_has_an_optimiser_that_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.optim.AdamW] = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
+    (workload,) = registry.workloads(("train",), (MODEL,), (2,), ("fp32",))
+    for name in ("torch eager", "vitfast +block"):
+        (peer,) = run.select_peers((name,))
+        step = peer.build(workload, CPU)
+        (optimizer,) = made
+        made.clear()
+        parameters = optimizer.param_groups[0]["params"]
+        before = [p.detach().clone() for p in parameters]
+        gradients = [step(workload.inputs(CPU, i)).clone() for i in (0, 0, 1)]
+        assert {int(optimizer.state[p]["step"]) for p in parameters} == {3}
+        assert all(optimizer.state[p]["exp_avg_sq"].abs().sum() > 0 for p in parameters if p.grad.abs().max() > 1e-15)
+        assert all(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+        assert torch.equal(gradients[0], gradients[1]) and not torch.equal(gradients[0], gradients[2])
 
 
 def test_other_libraries_compute_the_same(tmp_path: Path) -> None:
@@ -217,6 +282,65 @@ def test_candidates_take_turns_and_inputs_rotate() -> None:
     assert all({timed[i], timed[i + 1]} == {"a", "b"} for i in range(0, 12, 2))
     # no index comes twice, so no call gets the inputs of the one before
     assert len(set(seen["a"] + seen["b"])) == len(seen["a"]) + len(seen["b"])
+
+
+def test_a_ceiling_is_the_fastest_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([9.0, 8.0, 3.0, 2.0, 7.0])
+    monkeypatch.setattr(measure, "sample_ms", lambda *args: next(times, 4.0))
+    monkeypatch.setattr(measure, "CEILING_S", 0.05)
+    assert measure._fastest_ms(lambda i: None, CPU) == 2.0
+
+
+def test_every_gemm_of_the_ceiling_is_the_product() -> None:
+    a, b = torch.randn(2, 24, 24).unbind(0)
+    gemms = measure._gemms(a, b)
+    assert len(gemms) == 1 + torch.backends.mkldnn.is_available()
+    for gemm in gemms:
+        torch.testing.assert_close(gemm(0), a @ b)
+
+
+class _Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _step(share: float, left: float | None) -> run.Step:
+    return run.Step(_todo("model")[0], "torch eager", 2, 4, share, 75.4, left)
+
+
+def test_progress_on_a_terminal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = _Screen()
+    with run.Bar(screen) as bar:
+        bar.step(_step(0.25, None))
+        bar.step(_step(0.5, 75.4))
+        bar.say("a line that stays")
+        bar.step(_step(0.75, 25.0))
+    drawn = [line.removesuffix("\x1b[K") for line in screen.getvalue().replace("\n", "\n\r").split("\r")]
+    assert drawn[1].startswith("[#####...............] 2/4  1:15  vit_tiny")
+    assert drawn[2].startswith("[##########..........] 2/4  1:15, 1:15 left  vit")
+    assert max(len(line) for line in drawn) < 60
+    assert "\x1b[Ka line that stays\n" in screen.getvalue()
+    assert screen.getvalue().count("\n") == 1 and screen.getvalue().endswith("\r\x1b[K")
+
+
+def test_progress_elsewhere_is_plain_lines() -> None:
+    log = io.StringIO()
+    with run.Bar(log) as bar:
+        bar.step(_step(0.5, 75.4))
+        bar.say("a line that stays")
+    assert log.getvalue() == f"2/4  1:15, 1:15 left  {MODEL} b2 fp32: torch eager\na line that stays\n"
+
+
+def test_steps_tell_how_far_a_run_is(tmp_path: Path) -> None:
+    steps: list[run.Step] = []
+    options: dict[str, Any] = {"peer_names": ("torch eager", "addmm"), "budget_s": 600.0, "quick": True}
+    run.run(_todo("kernel"), tmp_path / "r.json", CPU, say=lambda line: None, progress=steps.append, **options)
+    assert {(step.position, step.total) for step in steps} == {(i + 1, 8) for i in range(8)}
+    assert steps[0].share == 0.0 and steps[0].left_s is None
+    shares = [step.share for step in steps]
+    assert shares == sorted(set(shares)) and 7 / 8 < shares[-1] < 1.0
+    assert all(s.left_s == pytest.approx(s.elapsed_s * (1 / s.share - 1)) for s in steps[1:])
 
 
 def test_percentiles() -> None:

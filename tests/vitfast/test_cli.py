@@ -15,6 +15,8 @@ import torch
 import vitfast
 from vitfast import cli, kernels
 from vitfast.architectures import ARCHITECTURES
+from vitfast.benchmarks import measure
+from vitfast.benchmarks.results import Row, Run, load
 from vitfast.doctor import Diagnosis
 from vitfast.parity import parity, seed_weights
 
@@ -50,7 +52,9 @@ def one_error(err: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("parity",), ("doctor",)], ids=["vitfast", "demo", "parity", "doctor"]
+    "command",
+    [(), ("demo",), ("parity",), ("doctor",), ("bench",), ("bench", "compare")],
+    ids=lambda command: " ".join(("vitfast", *command)),
 )
 def test_help_says_what_there_is(capsys, command) -> None:
     status, out, err = run(capsys, *command, "--help")
@@ -61,6 +65,11 @@ def test_help_says_what_there_is(capsys, command) -> None:
         ("demo",): ("--image", "--weights", "--precision", "--out", "--seed", "--device"),
         ("parity",): ("MODEL", "--precision", "--batch"),
         ("doctor",): ("broken",),
+        ("bench",): (
+            *("--model", "--batch", "--precision", "--peers", "--layers", "--kernels", "--quick", "--budget SECONDS"),
+            *("--out DIR", "end_to_end", "compare"),
+        ),
+        ("bench", "compare"): ("A.json", "B.json", "--fail PERCENT"),
     }[command]
     assert all(word in out for word in wanted)
 
@@ -79,6 +88,12 @@ def test_version(capsys) -> None:
         (["parity", "vit_test", "--batch", "0"], "'0' is not a positive integer"),
         (["demo", "--seconds", "nan"], "'nan' is not a positive number of seconds"),
         (["parity", "vit_test", "--device", "toaster"], "toaster"),
+        (["bench", "nonsense"], "nonsense"),
+        (["bench", "--layers", "kernels"], "kernels"),
+        (["bench", "--peers", "nobody", "--quick", "--device", "cpu"], "nobody"),
+        (["bench", "compare", "a.json"], "B.json"),
+        (["bench", "compare", "a.json", "b.json"], "a.json"),
+        (["bench", "compare", "a.json", "b.json", "--fail", "100"], "'100' is not a percentage of at least 0"),
         (["parity", "vit_tiny_patch16_22", "--device", "cpu"], "'vit_tiny_patch16_224'"),
         (["parity", "vit_test", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["parity", "vit_test", "--img-size", "33", "--device", "cpu"], "33x33"),
@@ -140,6 +155,73 @@ def test_doctor_prints_what_the_function_found(problems, status, capsys, monkeyp
     found = Diagnosis((("torch", "9.9"),), (), (), (), ("a note",), problems)
     monkeypatch.setattr(importlib.import_module("vitfast.doctor"), "doctor", lambda: found)
     assert run(capsys, "doctor") == (status, f"{found}\n", "")
+
+
+def _bench(capsys, out: Path, *argv: str) -> tuple[int, str, str]:
+    shape = ("--model", "vit_test", "--batch", "2", "--device", "cpu", "--budget", "600", "--out", str(out))
+    return run(capsys, "bench", *shape, "--peers", "torch eager", "vitfast +block", "vitfast", *argv)
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """Times do not matter here, only that they are taken."""
+    timed = measure.time_interleaved
+    monkeypatch.setattr(measure, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
+    monkeypatch.setattr(measure, "CEILING_S", 0.01)
+
+
+def test_bench_measures_the_layers_that_are_asked_for(capsys, tmp_path, hasty) -> None:
+    status, out, err = _bench(capsys, tmp_path, "--layers", "block", "end_to_end", "--quick")
+    assert status == 0, err
+    rows = load(tmp_path / "results.json").rows
+    # kernels come last, so that a budget cuts them first
+    assert list(dict.fromkeys(row.layer for row in rows)) == ["block", "end_to_end", "kernel"]
+    assert {row.candidate for row in rows if row.layer == "end_to_end" and row.ms} >= {"torch eager", "vitfast +block"}
+    assert "## One block" in out and "## End to end, from JPEG files to logits" in out and "## Kernels" in out
+    # no terminal: plain lines
+    assert "1/10  0:00  block vit_test b2 fp32: torch eager\n" in err
+    assert "\r" not in err and "\x1b" not in err
+    assert f"wrote {tmp_path / 'index.html'}" in err
+
+
+def test_bench_of_a_wrong_kernel_exits_with_1(capsys, tmp_path, monkeypatch, hasty) -> None:
+    right = kernels.layer_norm
+    monkeypatch.setattr(kernels, "layer_norm", lambda *args: right(*args) + 1e-2)
+    status, out, _ = _bench(capsys, tmp_path, "--layers", "block")
+    assert status == 1
+    assert "failed parity" in out
+
+
+def _results(path: Path, ours_ms: float, peers: tuple[str, ...] = ("torch eager", "torch compiled")) -> str:
+    def row(name: str, ms: float) -> Row:
+        spread = {"ms_p20": 0.99 * ms, "ms_p80": 1.01 * ms, "samples": 30, "calls": 1}
+        return Row("model", "vit_test", {"batch": 1}, "fp32", name, "ok", ms=ms, **spread)
+
+    rows = [*(row(name, 1.0) for name in peers), row("vitfast +block", ours_ms)]
+    Run({"device": "a made-up device", "versions": {}}, None, rows).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("after", "fail", "status"),
+    [(1.0, "0", 0), (1.2, "10", 1), (1.2, "20", 0), (0.5, "10", 0), (1.2, None, 0)],
+    ids=["same", "slower", "slower, within what is put up with", "faster", "no gate"],
+)
+def test_bench_compare_stops_what_became_slower(after, fail, status, capsys, tmp_path) -> None:
+    files = _results(tmp_path / "a.json", 1.0), _results(tmp_path / "b.json", after)
+    found, out, err = run(capsys, "bench", "compare", *files, *([] if fail is None else ["--fail", fail]))
+    assert (found, err) == (status, "")
+    assert ("% slower" in out) == (after > 1.0)
+    if fail is not None:
+        assert out.endswith(f"\n{status} rows broke, or lost more than {fail} % of their speed and more than noise.\n")
+
+
+def test_bench_compare_does_not_judge_without_a_control(capsys, tmp_path) -> None:
+    files = _results(tmp_path / "a.json", 1.0, peers=()), _results(tmp_path / "b.json", 1.2, peers=())
+    status, _, err = run(capsys, "bench", "compare", *files, "--fail", "5")
+    assert status == 2
+    assert "no timed rows of the same peers" in one_error(err)
+    assert run(capsys, "bench", "compare", *files)[0] == 0
 
 
 def test_an_interrupt_is_130(capsys, monkeypatch) -> None:
