@@ -30,24 +30,30 @@ RUNGS: dict[str, frozenset[str]] = {
 runs, and from files only the first rung and what is left when all are there."""
 
 
-def _build(
-    workload: Workload, device: torch.device, last: str, **how: bool
-) -> Callable[[dict[str, Any]], Tensor]:
-    """All kinds up to the last one, and `accelerate`'s compile or cuda_graph."""
-    torch.compiler.reset()
-    module: nn.Module = plain_module(workload, device)
-    normalize = None
-    if isinstance(module, Normalized):
-        # the patch embedding does it instead
-        module, normalize = module.model, ((MEAN,) * 3, (STD,) * 3)
-    precision = "tf32" if workload.dtype == "tf32" else None
+def _rung(
+    last: str, compile: bool = False, cuda_graph: bool = False
+) -> Callable[[Workload, torch.device], Callable[[dict[str, Any]], Tensor]]:
+    """All kinds up to the last one, compiled and as CUDA graphs by `accelerate` itself."""
     kinds = KINDS[: KINDS.index(last) + 1]
-    vitfast.accelerate(module, only=kinds, precision=precision, normalize=normalize, **how)
-    return module_function(workload, module, module)
 
+    def build(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
+        torch.compiler.reset()
+        module: nn.Module = plain_module(workload, device)
+        normalize = None
+        if isinstance(module, Normalized):
+            # the patch embedding does it instead
+            module, normalize = module.model, ((MEAN,) * 3, (STD,) * 3)
+        vitfast.accelerate(
+            module,
+            precision="tf32" if workload.dtype == "tf32" else None,
+            only=kinds,
+            normalize=normalize,
+            compile=compile,
+            cuda_graph=cuda_graph,
+        )
+        return module_function(workload, module, module)
 
-def _rung(last: str, **how: bool) -> Callable[[Workload, torch.device], Callable[[dict[str, Any]], Tensor]]:
-    return lambda workload, device: _build(workload, device, last, **how)
+    return build
 
 
 def _needs_cuda(what: str) -> Callable[[Workload, torch.device], str | None]:
