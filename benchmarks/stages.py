@@ -340,7 +340,7 @@ def _tune(plan: Plan) -> list[Item]:
         unpack(report, user_folder())
     small: dict[str, Any] = {"max_candidates": 1, "workers": 1} if plan.dry else {}
 
-    def run(model: str, batch: int, ops: tuple[str, ...] | None, seconds: float) -> dict[str, Any]:
+    def run(model: str, batch: int, ops: tuple[str, ...] | None, fold: bool, seconds: float) -> dict[str, Any]:
         found = tune(
             model,
             batch=batch,
@@ -348,6 +348,7 @@ def _tune(plan: Plan) -> list[Item]:
             device=plan.device,
             budget_s=2.0 if plan.dry else seconds,
             ops=ops,
+            fold=fold,
             report=report,
             say=_say,
             **small,
@@ -358,13 +359,16 @@ def _tune(plan: Plan) -> list[Item]:
         return {"lines": [lines[0], *(line for line in lines if "all together" in line)]}
 
     # attention's entries are for any batch, and the large one decides
-    one = ("linear", "layer_norm", "patch_embed")
-    cases: list[tuple[str, int, tuple[str, ...] | None, float]] = [(TINY, 2, None, 1.0)]
+    one = ("linear", "row_stats", "patch_embed")
+    apart = ("linear", "layer_norm")
+    cases: list[tuple[str, int, tuple[str, ...] | None, bool, float]] = [(TINY, 2, None, True, 1.0)]
     if not plan.dry:
-        cases = [(B, 256, None, 3.0), (L, 256, None, 3.0), (B, 1, one, 1.0), (L, 1, one, 1.0)]
+        cases = [(B, 256, None, True, 3.0), (B, 1, one, True, 1.0), (L, 256, None, True, 3.0), (L, 1, one, True, 1.0)]
+        # what training, compiled graphs and torch's own GEMM run
+        cases += [(B, 256, apart, False, 2.0), (L, 256, apart, False, 2.0)]
     return [
-        Item(f"{model} b{batch}", functools.partial(run, model, batch, ops), weight)
-        for model, batch, ops, weight in cases
+        Item(f"{model} b{batch}{'' if fold else ' unfolded'}", functools.partial(run, model, batch, ops, fold), weight)
+        for model, batch, ops, fold, weight in cases
     ]
 
 

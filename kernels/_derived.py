@@ -1,13 +1,14 @@
 """Tensors derived from parameters: computed once, kept beside the first of them, made anew when one has changed.
 
-A parameter has changed when its version (in-place writes) or its address (other data) has. What is derived is no state:
+A parameter has changed when its version (in-place writes) or its address (other data) has. Writes in place through
+`.data` change neither, which is torch's own rule; `expire` is for who knows of them. What is derived is no state:
 it stands in no state dict, is neither copied nor pickled with a module, and dies with the parameter that it is kept by.
 A second computation writes to the memory of the first, so that a CUDA graph which reads it is right again.
 """
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ def _state(sources: tuple[Tensor | None, ...]) -> _State:
     return tuple(None if t is None else (t.data_ptr(), t._version) for t in sources)
 
 
-@torch.no_grad()
 def derived(what: str, make: Make, first: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     """`make(first, *others)`, computed at the first call and again when one of them has changed.
 
@@ -51,6 +51,15 @@ def derived(what: str, make: Make, first: Tensor, *others: Tensor | None) -> tup
     state = _state(sources)
     if known is not None and known.state == state:
         return known.made
+    # ordinary tensors, which may be written to again in any mode
+    with torch.inference_mode(False), torch.no_grad():
+        return _make(what, make, sources, state, known)
+
+
+def _make(
+    what: str, make: Make, sources: tuple[Any, ...], state: _State, known: _Entry | None
+) -> tuple[Tensor, ...]:
+    first, *others = sources
     fresh = make(*sources)
     if first.is_cuda:
         if torch.cuda.is_current_stream_capturing():
@@ -84,6 +93,13 @@ def rederive() -> None:
                 elif _state((first, *others)) != entry.state:
                     derived(what, entry.make, first, *others)
                     changed = True
+
+
+def expire(first: Tensor) -> None:
+    """Make what is derived from a parameter anew at the next call: it may have changed unseen, through `.data`."""
+    entries = _cache.get(first) or {}
+    for what, entry in entries.items():
+        entries[what] = replace(entry, state=())
 
 
 def release(first: Tensor) -> None:

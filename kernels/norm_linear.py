@@ -248,7 +248,7 @@ def _norm_linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs = (through_norm, needs_weight, needs_bias, False)
     dnormed, dweight, dbias, _ = linear_gradients(dy, normed, weight, bias, None, ctx.activation, needs)
     dx = dnorm_weight = dnorm_bias = None
-    if through_norm:
+    if dnormed is not None:
         wanted = [needs_x, needs_norm_weight, needs_norm_bias]
         dx, dnorm_weight, dnorm_bias = norm_gradients(dnormed, x, mean, rstd, norm_weight, norm_bias, wanted)
     return dx, None, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None

@@ -176,6 +176,34 @@ def _parser() -> _Parser:
         "peers in both, such as torch eager",
     )
     compare.set_defaults(run=_compare)
+
+    tune = commands.add_parser(
+        "tune",
+        help="find the fastest tile sizes for this GPU, measured inside the model",
+        description="Measure tile sizes, stages, warps and torch's own routines for every launch of a model, inside "
+        "its blocks under a CUDA graph, and keep what is faster by more than the spread. Entries go to the user's own "
+        "folder ($VITFAST_CONFIG_DIR, else ~/.cache/vitfast/configs), which every later launch reads.",
+        parents=[common],
+    )
+    tune.add_argument("--model", nargs="+", default=["vit_base_patch16_224"], metavar="NAME", help="architectures")
+    tune.add_argument(
+        "--batch",
+        nargs="+",
+        type=_positive,
+        default=[1, 256],
+        metavar="N",
+        help="batch sizes; attention's entries are the last one's (default 1 256)",
+    )
+    tune.add_argument("--precision", default="bf16", metavar="P", help="fp32, tf32, bf16 or fp16 (default %(default)s)")
+    tune.add_argument("--ops", nargs="+", metavar="OP", help="such as linear attention (default: all)")
+    tune.add_argument(
+        "--budget", type=_seconds, default=600.0, metavar="SECONDS", help="for all of it (default %(default)g)"
+    )
+    tune.add_argument(
+        "--out", metavar="DIR", help="instead of the user's folder, such as kernels/configs of a clone"
+    )
+    tune.add_argument("--device", help="such as cuda:1 (default: cuda)")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -289,6 +317,30 @@ def _compare(options: argparse.Namespace) -> int:
     worse = found.regressions(options.fail / 100)
     print(f"\n{len(worse)} rows broke, or lost more than {options.fail:g} % of their speed and more than noise.")
     return 1 if worse else 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .benchmarks.tune import tune
+    from .parity import pick_device
+
+    device = pick_device(options.device)
+    runs = [(model, batch, fold) for model in options.model for batch in options.batch for fold in (True, False)]
+    for model, batch, fold in runs:
+        result = tune(
+            model,
+            batch=batch,
+            dtype=options.precision,
+            device=device,
+            budget_s=options.budget / len(runs),
+            fold=fold,
+            ops=options.ops,
+            out=None if options.out is None else Path(options.out),
+            say=_progress,
+        )
+        print(result)
+    return 0
 
 
 def _progress(message: str) -> None:

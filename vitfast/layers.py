@@ -444,6 +444,13 @@ class FusedModel(FusedLayer):
     blocks: Any
     norm: Any
 
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`. What is derived from weights is made anew: some optimisers write unseen."""
+        if mode != self.training:
+            for parameter in self.parameters():
+                kernels.expire(parameter)
+        return super().train(mode)
+
     def pooled_tokens(self) -> int | None:
         """How many leading tokens the head reads, or None where it may read all."""
         raise NotImplementedError

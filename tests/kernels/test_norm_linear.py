@@ -200,6 +200,26 @@ def test_released_with_the_weight_or_on_demand() -> None:
     assert len(_derived._cache) == count
 
 
+def test_made_in_inference_and_again_outside() -> None:
+    lin, norm = _parameters()
+    with torch.inference_mode():
+        first = _folded(lin, norm)
+    with torch.no_grad():
+        norm.weight.mul_(2.0)
+        second = _folded(lin, norm)
+    assert second.weight is first.weight
+    torch.testing.assert_close(second.weight, lin.weight * norm.weight)
+
+
+def test_expired_is_made_anew_in_place() -> None:
+    lin, norm = _parameters()
+    ours = _folded(lin, norm)
+    lin.weight.data.mul_(3.0)
+    _derived.expire(lin.weight)
+    rederive()
+    torch.testing.assert_close(ours.weight, lin.weight * norm.weight)
+
+
 def test_what_nobody_can_ask_for_again_is_dropped() -> None:
     lin, norm = _parameters()
     before = _folded(lin, norm).weight.clone()

@@ -278,6 +278,19 @@ def test_fold_sees_changed_weights(build, how, calls, poisoned):
 
 
 @pytest.mark.interpret
+def test_training_that_writes_unseen(build, poisoned):
+    plain, fused = folding(build)
+    with torch.no_grad():
+        fused(images(*X))
+    fused.train()
+    for model in (plain, fused):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.2)
+    fused.eval()
+    assert_same(plain, fused, images(*X), grad=False)
+
+
+@pytest.mark.interpret
 def test_restore_releases_what_was_derived(build):
     cache = _derived._cache
     before = len(cache)
