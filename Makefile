@@ -56,7 +56,7 @@ test: $(STAMP)  ## run every test lane this machine can run
 	@echo "==> lane: reference and compile$(if $(CUDA),, (no CUDA device: the gpu tests are skipped))"
 	$(PYTEST) $(if $(CUDA),-m "not gpu") tests
 	@echo "==> lane: interpret"
-	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/kernels
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests
 	@echo "==> lane: benchmarks (a toy model on CPU; pytest-benchmark does not time in xdist's workers)"
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 benchmarks
 	$(if $(CUDA),@echo "==> lane: gpu")

@@ -180,7 +180,8 @@ def _linear(launch: Launch, arch: int, shared: int, sms: int) -> list[Entry]:
         tma: bool, block_m: int, block_n: int, block_k: int, warps: int, stages: int, subtile: bool, split_k: int = 1
     ) -> None:
         loads = stages * (block_m + block_n) * block_k * e
-        store = block_m * block_n * out // (2 if subtile else 1) if tma else 0
+        # both halves have memory of their own where statistics keep them apart
+        store = block_m * block_n * out // (2 if subtile and not _folds(launch) else 1) if tma else 0
         if loads + store > shared - BARRIERS:
             return
         if "stats" in launch.flags and (block_n // 2 if subtile else block_n) % STATS_WIDTH:
