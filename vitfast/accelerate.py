@@ -211,7 +211,8 @@ def accelerate(
     if example is not None:
         if any(isinstance(module, FusedLayer) for module in model.modules()):
             raise ValueError("example: the model is accelerated already; restore it first, as it is timed without that")
-        state.choice = select(model, example, [kind for kind in KINDS if kind in selected], precision=precision)
+        kinds = [kind for kind in KINDS if kind in selected]
+        state.choice = select(model, example, kinds, precision=precision, cuda_graph=cuda_graph)
         selected = frozenset(state.choice.kinds)
         found = [match for match in found if selected.intersection(_serves(match[2]))]
     embeds = [] if normalize is None else _uint8_embeds(model, found, normalize)

@@ -422,7 +422,7 @@ class Graphs:
             self._occupied = True
             return None
         if watch.written():
-            _rederive()
+            kernels.rederive()
             outputs = self._launch(graph, x, stream)
         self._replays += 1
         return (outputs,)
@@ -510,7 +510,7 @@ class Graphs:
     def _warm_up(self, sample: Tensor) -> str:
         """Why the model does not run, or an empty string."""
         try:
-            _rederive()
+            kernels.rederive()
             self._exclusively(self._backend.warm_up, self._plain, sample)
         except Exception as error:  # whatever a model raises, a batch that is padded may be too large
             return _reason(error)
@@ -581,13 +581,6 @@ class Graphs:
         if model is not None and (occupation := _occupation(model)) is not None:
             notes.append(f"the plain path runs: {occupation}")
         return notes
-
-
-@torch.inference_mode()
-def _rederive() -> None:
-    """Compute what is derived from weights again where they were written to, into the memory that graphs read."""
-    # what a call in inference mode made can be written to in no other mode
-    kernels.rederive()
 
 
 def _reason(error: Exception) -> str:

@@ -76,7 +76,13 @@ class Choice:
 
 
 def select(
-    model: nn.Module, example: Tensor, kinds: Collection[str], *, precision: str | None, budget_s: float = BUDGET_S
+    model: nn.Module,
+    example: Tensor,
+    kinds: Collection[str],
+    *,
+    precision: str | None,
+    cuda_graph: bool | int = False,
+    budget_s: float = BUDGET_S,
 ) -> Choice:
     """Measure, or look up, which kinds of replacement win for a model.
 
@@ -85,6 +91,7 @@ def select(
         example: pixels of the batch that matters, on the model's device.
         kinds: to choose from.
         precision: as `accelerate` takes it.
+        cuda_graph: as `accelerate` takes it; with it every candidate is timed as a graph, the plain model too.
         budget_s: seconds for all of it.
 
     Raises:
@@ -96,17 +103,22 @@ def select(
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if devices - {example.device}:
         raise ValueError(f"example is on {example.device}, the model on {', '.join(sorted(map(str, devices)))}")
-    key = _key(model, example, kinds, precision)
+    key = _key(model, example, kinds, precision, bool(cuda_graph))
     path = _path(example.device)
     if (known := _read(path).get(key)) is not None:
         return Choice(tuple(known["kinds"]), known["library"], tuple(Figure(**figure) for figure in known["figures"]))
-    choice = _measure(model, example, tuple(kinds), precision, budget_s)
+    choice = _measure(model, example, tuple(kinds), precision, cuda_graph, budget_s)
     _write(path, key, choice)
     return choice
 
 
 def _measure(
-    model: nn.Module, example: Tensor, kinds: tuple[str, ...], precision: str | None, budget_s: float
+    model: nn.Module,
+    example: Tensor,
+    kinds: tuple[str, ...],
+    precision: str | None,
+    cuda_graph: bool | int,
+    budget_s: float,
 ) -> Choice:
     from . import accelerate
     from .benchmarks.measure import sample_ms, time_interleaved
@@ -121,8 +133,8 @@ def _measure(
 
     def with_kinds(selected: Collection[str]) -> Callable[[int], Any]:
         twin = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
-        if selected:
-            accelerate(twin, only=selected, precision=precision)
+        if selected or cuda_graph:
+            accelerate(twin, only=selected, precision=precision, cuda_graph=cuda_graph)
 
         def run(i: int) -> Any:
             with torch.inference_mode():
@@ -138,8 +150,9 @@ def _measure(
 
     def timed(candidates: Mapping[str, Callable[[int], Any]], share: float) -> Mapping[str, Any]:
         for run in candidates.values():
-            # kernels compile at their first call
-            run(0)
+            # kernels compile at their first call, and a graph is captured when a size comes again
+            for i in range(3 if cuda_graph else 1):
+                run(i)
         left = max(0.2, share * (budget_s - (time.monotonic() - begin)))
         return time_interleaved(candidates, device, budget_s=left, min_samples=3)
 
@@ -159,21 +172,26 @@ def _measure(
                 kept.remove(kind)
 
     library: dict[str, tuple[str, ...]] = {}
-    ours = with_kinds(kept)
-    if kept and (device.type == "cuda" or INTERPRET):
-        for op, launch, found in _routes(ours, timed):
-            figures.append(found)
-            if not found.kept:
-                library[op] = (*library.get(op, ()), launch)
-    with ExitStack() as stack:
-        for op, launch, entry in _entries(ours, library):
-            stack.enter_context(_config.override(op, launch, entry))
-        timings = timed({"ours": ours, "plain": plain}, 0.9)
+    heard = _heard(with_kinds(kept)) if kept and (device.type == "cuda" or INTERPRET) else {}
+    for op, launch in heard:
+        if op not in ROUTES or not _has_library(op, launch):
+            continue
+        routes = [asdict(replace(heard[op, launch], library=library_too)) for library_too in (False, True)]
+        # a model for each route: a graph keeps the one under which it was captured
+        candidates = [_under(with_kinds(kept), [(op, launch, entry)]) for entry in routes]
+        timings = timed(dict(zip(("ours", "library"), candidates, strict=True)), 0.2)
+        stays = not timings["library"].p80 < timings["ours"].p20
+        figures.append(Figure(f"{op} {launch}", timings["ours"].median, timings["library"].median, stays))
+        if not stays:
+            library[op] = (*library.get(op, ()), launch)
+    chosen = [(op, launch) for op, keys in library.items() for launch in keys]
+    entries = [(*launch, asdict(replace(heard[launch], library=True))) for launch in chosen]
+    timings = timed({"ours": _under(with_kinds(kept), entries), "plain": plain}, 0.9)
     wins = bool(kept) and not timings["plain"].p80 < timings["ours"].p20
     figures.append(Figure("model", timings["ours"].median, timings["plain"].median, wins))
     if not wins:
         return Choice((), {}, tuple(figures))
-    _adopt(_entries(ours, library), device)
+    _adopt(entries, device)
     return Choice(tuple(kept), library, tuple(figures))
 
 
@@ -183,42 +201,21 @@ def _heard(run: Callable[[int], Any]) -> dict[tuple[str, str], Any]:
     return heard
 
 
-def _routes(run: Callable[[int], Any], timed: Callable[..., Mapping[str, Any]]) -> list[tuple[str, str, Figure]]:
-    """Our kernel against torch's own routine, for each launch that has both."""
-    found = []
-    for (op, key), config in _heard(run).items():
-        if op not in ROUTES or not _has_library(op, key):
-            continue
+def _under(run: Callable[[int], Any], entries: list[tuple[str, str, dict[str, Any]]]) -> Callable[[int], Any]:
+    """A call with these entries in the place of what its launches would look up."""
 
-        def routed(library: bool, op: str = op, key: str = key, config: Any = config) -> Callable[[int], Any]:
-            entry = asdict(replace(config, library=library))
+    def call(i: int) -> Any:
+        with ExitStack() as stack:
+            for op, key, entry in entries:
+                stack.enter_context(_config.override(op, key, entry))
+            return run(i)
 
-            def call(i: int) -> Any:
-                with _config.override(op, key, entry):
-                    return run(i)
-
-            return call
-
-        timings = timed({"ours": routed(False), "library": routed(True)}, 0.2)
-        stays = not timings["library"].p80 < timings["ours"].p20
-        found.append((op, key, Figure(f"{op} {key}", timings["ours"].median, timings["library"].median, stays)))
-    return found
+    return call
 
 
 def _has_library(op: str, key: str) -> bool:
     words = key.split(",")
     return op != "linear" or not {"float32", "norm", "stats"} & set(words)
-
-
-def _entries(
-    run: Callable[[int], Any], library: Mapping[str, Collection[str]]
-) -> list[tuple[str, str, dict[str, Any]]]:
-    if not library:
-        return []
-    heard = _heard(run)
-    return [
-        (op, key, asdict(replace(heard[op, key], library=True))) for op, keys in library.items() for key in keys
-    ]
 
 
 def _adopt(entries: list[tuple[str, str, dict[str, Any]]], device: torch.device) -> None:
@@ -244,7 +241,7 @@ def _path(device: torch.device) -> Path:
     return _config.user_folder() / "choices" / _config.file_name(_config._device_name(device) or cpu_name())
 
 
-def _key(model: nn.Module, example: Tensor, kinds: Collection[str], precision: str | None) -> str:
+def _key(model: nn.Module, example: Tensor, kinds: Collection[str], precision: str | None, cuda_graph: bool) -> str:
     """A digest of all that decides what is faster, but the device."""
     from . import __version__
     from .benchmarks.measure import versions
@@ -257,7 +254,7 @@ def _key(model: nn.Module, example: Tensor, kinds: Collection[str], precision: s
     batch = (list(example.shape), list(example.stride()), str(example.dtype))
     software = (__version__, versions())
     threads = torch.get_num_threads() if example.device.type == "cpu" else 0
-    decides = (SCHEMA, software, threads, sorted(kinds), precision, batch, modules, tensors)
+    decides = (SCHEMA, software, threads, sorted(kinds), precision, cuda_graph, batch, modules, tensors)
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 

@@ -127,7 +127,7 @@ def test_a_second_call_measures_nothing(build, clock, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["batch", "size", "dtype", "depth", "precision", "only", "threads", "hooks"], ids=str
+    "change", ["batch", "size", "dtype", "depth", "precision", "only", "threads", "hooks", "graph"], ids=str
 )
 def test_anything_that_decides_speed_is_measured_anew(clock, change):
     vitfast.accelerate(reference(), example=images(*X))
@@ -146,6 +146,8 @@ def test_anything_that_decides_speed_is_measured_anew(clock, change):
         options = {"precision": "bf16"}
     elif change == "only":
         options = {"only": {"mlp"}}
+    elif change == "graph":
+        options = {"cuda_graph": True}
     elif change == "threads":
         torch.set_num_threads(threads + 1)
     else:
