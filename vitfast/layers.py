@@ -446,9 +446,11 @@ class FusedModel(FusedLayer):
 
     def train(self, mode: bool = True) -> Any:
         """As `torch.nn.Module.train`. What is derived from weights is made anew: some optimisers write unseen."""
-        if mode != self.training:
+        if self.training and not mode:
             for parameter in self.parameters():
                 kernels.expire(parameter)
+            # at once, for graphs that only replay
+            kernels.rederive()
         return super().train(mode)
 
     def pooled_tokens(self) -> int | None:
