@@ -312,3 +312,34 @@ def test_fold_is_switched_on_by_name(build, calls):
         vitfast.accelerate(fused, only={"fold"})
         fused(images(*X))
     assert calls == ["folded"] * 3
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_both_on_a_gpu(build, dtype, calls):
+    plain = build(depth=3, init_values=0.3).to("cuda", dtype)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(*X, dtype=dtype).cuda()
+    with torch.no_grad():
+        assert_close(fused(x), copy.deepcopy(plain).double()(x.double()), plain(x))
+        assert calls == ["folded", "folded", 1]
+        for model in (plain, fused):
+            model.blocks[0].norm1.weight.mul_(-1.5)
+        assert_close(fused(x), copy.deepcopy(plain).double()(x.double()), plain(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_huge_patch14_224"])
+def test_both_at_real_sizes_on_a_gpu(name, calls):
+    from vitfast.parity import seed_weights
+
+    with torch.device("cuda"):
+        plain = seed_weights(vitfast.create_model(name, depth=3)).eval().bfloat16()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(8, 3, 224, 224, dtype=torch.bfloat16).cuda()
+    with torch.no_grad():
+        assert_close(fused(x), copy.deepcopy(plain).double()(x.double()), plain(x))
+    assert calls == ["folded", "folded", 1]
