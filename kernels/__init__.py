@@ -5,7 +5,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 """
 
 if __name__ == "vitfast.kernels":
-    from ._derived import expire, rederive, release
+    from ._derived import derived, expire, rederive, release
     from ._op import INTERPRET
     from .attention import MAX_HEAD_DIM, attention, attention_lse, attention_lse_ref, attention_qkv, attention_ref
     from .layer_norm import MAX_WIDTH, add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
@@ -37,6 +37,7 @@ __all__ = [
     "attention_lse_ref",
     "attention_qkv",
     "attention_ref",
+    "derived",
     "expire",
     "layer_norm",
     "layer_norm_ref",

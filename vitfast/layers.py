@@ -17,11 +17,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import kernels
 
 KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail")
+
+# in the place of a module that a library's layer does not have
+IDENTITY = nn.Identity()
+
+
+def alias(name: str) -> Any:
+    """A class attribute that gives an object's own attribute another name: the one that the mix-ins here read."""
+    return property(lambda self: getattr(self, name))
+
+
+def face(kind: type[nn.Module], module: Any) -> Any:
+    """A module seen as a fused class: the same attributes, with that class's methods. The module stays what it is."""
+    if isinstance(module, kind):
+        return module
+    view = object.__new__(kind)
+    object.__setattr__(view, "__dict__", module.__dict__)
+    return view
 
 
 def hooked(module: nn.Module) -> bool:
@@ -57,6 +75,12 @@ def plain(module: Any, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked(module)
 
 
+def plain_linear(module: Any) -> bool:
+    """Whether a module is a linear layer and nothing else."""
+    # nn.MultiheadAttention's output projection is the second kind: the same, kept from dynamic quantisation
+    return plain(module, nn.Linear) or plain(module, NonDynamicallyQuantizableLinear)
+
+
 def _inactive(module: nn.Module, kind: type[nn.Module] = nn.Dropout, rate: str = "p") -> bool:
     """Whether a dropout of exactly this class, or an identity in its place, passes its input through, now."""
     if plain(module, nn.Identity):
@@ -66,7 +90,7 @@ def _inactive(module: nn.Module, kind: type[nn.Module] = nn.Dropout, rate: str =
 
 
 def _why_called(name: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
-    if plain(module, kind):
+    if plain_linear(module) if kind is nn.Linear else plain(module, kind):
         return []
     why = "has hooks" if type(module) is kind else f"is a {type(module).__name__}"
     return [f"{name} {why}: called as a module"]
@@ -74,7 +98,7 @@ def _why_called(name: str, module: nn.Module, kind: type[nn.Module]) -> list[str
 
 def _linear(module: Any, x: Tensor, residual: Tensor | None, scale: Tensor | None, tf32: bool) -> Tensor:
     """`residual + scale * module(x)`, in one kernel where the module is a plain `nn.Linear`."""
-    if plain(module, nn.Linear):
+    if plain_linear(module):
         return kernels.linear(x, module.weight, module.bias, residual=residual, scale=scale, tf32=tf32)
     return _residual(module(x), residual, scale)
 
@@ -193,7 +217,11 @@ class FusedAttention(FusedLayer):
 
     def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """`residual + scale * attention(x)`, `[B, N, D]` to `[B, N, D]`."""
-        return self.project(self.core(_linear(self.qkv, x, None, None, self.tf32)), residual, scale)
+        return self.project(self.attended(x), residual, scale)
+
+    def attended(self, x: Tensor) -> Tensor:
+        """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
+        return self.core(_linear(self.qkv, x, None, None, self.tf32))
 
     def project(self, out: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
         """`residual + scale * proj(out)`, `[B, N, H * d]` to `[B, N, D]`."""
@@ -205,7 +233,10 @@ class FusedAttention(FusedLayer):
         """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
         if plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity):
             return self.merged(kernels.attention_qkv(qkv, self.num_heads, self.scale, tf32=self.tf32))
-        q, k, v = self.heads(qkv)
+        return self.mixed(*self.heads(qkv))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[B, H, N, d]` thrice to `[B, N, H * d]`."""
         return self.merged(kernels.attention(q, k, v, self.scale, tf32=self.tf32).transpose(1, 2).flatten(2))
 
     def whole(self) -> bool:
@@ -216,29 +247,124 @@ class FusedAttention(FusedLayer):
         """What the model does to the merged heads `[B, N, H * d]`: nothing, here."""
         return out
 
+    def plain_in(self) -> bool:
+        """Whether the projection to q, k and v can be computed without calling a module."""
+        return plain_linear(self.qkv)
+
+    def weights_in(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[3 * H * d, D]` and bias of the projection to q, k and v; asked for where `plain_in`."""
+        return self.qkv.weight, self.qkv.bias
+
     def first(self, x: Tensor, kept: int) -> Tensor:
-        """`core` for the queries of the first tokens alone: normed `[B, N, D]` to `[B, kept, H * d]`."""
-        weight, bias = self.qkv.weight, self.qkv.bias
+        """`attended` for the queries of the first tokens alone: normed `[B, N, D]` to `[B, kept, H * d]`."""
+        weight, bias = self.weights_in()
         width = weight.shape[0] // 3
         q = kernels.linear(x[:, :kept], weight[:width], None if bias is None else bias[:width], tf32=self.tf32)
         kv = kernels.linear(x, weight[width:], None if bias is None else bias[width:], tf32=self.tf32)
         k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        out = kernels.attention(self.q_norm(q), self.k_norm(k), v, self.scale, tf32=self.tf32)
-        return self.merged(out.transpose(1, 2).flatten(2))
+        return self.mixed(self.q_norm(q), self.k_norm(k), v)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v `[B, H, N, d]`, q and k normalised where the model does that."""
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What enters the softmax, of normed tokens `[B, N, D]`, for whoever wants the probabilities.
+
+        Returns:
+            `(q, k, bias)`: q and k `[B, H, N, d]`, and what is added to `scale * q @ k.T`, or None.
+        """
+        q, k, _ = self.heads(self.qkv(x))
+        return q, k, None
+
     def limits(self) -> list[str]:
-        limits = _why_called("qkv", self.qkv, nn.Linear) + _why_called("proj", self.proj, nn.Linear)
+        limits = self.limits_in() + _why_called("proj", self.proj, nn.Linear)
         if hooked(self.attn_drop):
             limits.append("attn_drop has hooks: the original forward runs")
         elif getattr(self.attn_drop, "p", 0.0) > 0.0:
             limits.append(f"attention dropout {self.attn_drop.p:g}: the original forward runs in training")
         return limits
+
+    def limits_in(self) -> list[str]:
+        """`limits` of the projection to q, k and v."""
+        return _why_called("qkv", self.qkv, nn.Linear)
+
+
+class FusedSplitAttention(FusedAttention):
+    """Self-attention with a linear layer each for q, k and v: in inference on a GPU one GEMM computes all three."""
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+
+    def attended(self, x: Tensor) -> Tensor:
+        """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
+        if self._packs(x):
+            return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32))
+        return self.mixed(*self._projected(x))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            _linear(module, x, None, None, self.tf32).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for module in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.q_norm(q), self.k_norm(k), v
+
+    def _packs(self, x: Tensor) -> bool:
+        return (
+            derivable(x)
+            and self.plain_in()
+            and x.dtype == self.q_proj.weight.dtype == self.k_proj.weight.dtype == self.v_proj.weight.dtype
+            and not self.q_proj.weight.is_inference()
+        )
+
+    def plain_in(self) -> bool:
+        """Whether the projection to q, k and v can be computed without calling a module."""
+        return plain_linear(self.q_proj) and plain_linear(self.k_proj) and plain_linear(self.v_proj)
+
+    def weights_in(self) -> tuple[Tensor, Tensor | None]:
+        """The three layers' weights and biases as one, derived from them; None where none has a bias."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if all(bias is None for bias in biases):
+            return kernels.derived("packed", _pack_weights, *weights)[0], None
+        weight, bias = kernels.derived("packed", _pack, *weights, *biases)
+        return weight, bias
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `FusedAttention.query_key`."""
+        q, k = (module(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for module in (self.q_proj, self.k_proj))
+        return self.q_norm(q), self.k_norm(k), None
+
+    def limits_in(self) -> list[str]:
+        """`limits` of the projection to q, k and v."""
+        names = ("q_proj", "k_proj", "v_proj")
+        return [limit for name in names for limit in _why_called(name, getattr(self, name), nn.Linear)]
+
+
+def _pack_weights(*weights: Tensor) -> tuple[Tensor]:
+    return (torch.cat(weights),)
+
+
+def _pack(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor]:
+    zeros = [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip((q, k, v), biases, strict=True)
+    ]
+    return torch.cat((q, k, v)), torch.cat(zeros)
+
+
+def derivable(x: Tensor) -> bool:
+    """Whether a layer may read what was derived from its weights, for these tokens: in inference, on a GPU."""
+    return (
+        (x.is_cuda or kernels.INTERPRET)
+        and not torch.is_grad_enabled()
+        # a compiler's graphs would not see weights change
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 class FusedMlp(FusedLayer):
@@ -269,7 +395,7 @@ class FusedMlp(FusedLayer):
         """`residual + scale * mlp(x)`, `[..., D]` to `[..., D]`."""
         activation = None if hooked(self.act) else self.activation(self.act)
         # one name for all, or the input's memory would be kept from the second layer
-        if activation is not None and plain(self.fc1, nn.Linear):
+        if activation is not None and plain_linear(self.fc1):
             x = kernels.linear(x, self.fc1.weight, self.fc1.bias, activation, tf32=self.tf32)
         else:
             x = self.act(self.fc1(x))
@@ -302,36 +428,44 @@ class FusedBlock(FusedLayer):
     ls2: Any
     drop_path2: Any
 
-    layer_scale: ClassVar[type[nn.Module]]
-    drop_path: ClassVar[type[nn.Module]]
+    # the library's classes for LayerScale and for what drops a branch, and the attributes that these keep theirs in
+    layer_scale_class: ClassVar[type[nn.Module]] = nn.Identity
+    gamma_name: ClassVar[str] = "gamma"
+    drop_path_class: ClassVar[type[nn.Module]] = nn.Identity
+    rate_name: ClassVar[str] = "drop_prob"
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as the original block does."""
-        return self.attn(x)
+        return self.attn(x, **kwargs)
 
     def _scale(self, module: Any) -> tuple[bool, Tensor | None]:
         """`(known, gamma)` of a LayerScale or the identity in its place."""
-        if plain(module, self.layer_scale):
-            return True, module.gamma
-        return plain(module, nn.Identity), None
+        if plain(module, nn.Identity):
+            return True, None
+        if plain(module, self.layer_scale_class):
+            return True, getattr(module, self.gamma_name)
+        return False, None
 
-    def fused(self, x: Tensor) -> Tensor:
-        """`[B, N, D]` to `[B, N, D]`."""
+    def _undropped(self, module: nn.Module) -> bool:
+        return _inactive(module, self.drop_path_class, self.rate_name)
+
+    def fused(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; an attention that is called as a module gets the other arguments."""
         # nothing is named that is not needed again: a name keeps its tensor's memory from the next kernel
         known, gamma = self._scale(self.ls1)
-        known = known and _inactive(self.drop_path1, self.drop_path, "drop_prob")
+        known = known and self._undropped(self.drop_path1)
         normed = None
         if known and self._takes_residual(self.attn):
             x = self.attn.fused(self.norm1(x), x, gamma)
         elif known and isinstance(self.norm2, FusedLayerNorm) and not hooked(self.norm2):
             norm = self.norm2
-            branch = self.attend(self.norm1(x))
+            branch = self.attend(self.norm1(x), **kwargs)
             x, normed = kernels.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, gamma)
         else:
-            x = x + self.drop_path1(self.ls1(self.attend(self.norm1(x))))
+            x = x + self.drop_path1(self.ls1(self.attend(self.norm1(x), **kwargs)))
 
         known, gamma = self._scale(self.ls2)
-        if known and _inactive(self.drop_path2, self.drop_path, "drop_prob") and self._takes_residual(self.mlp):
+        if known and self._undropped(self.drop_path2) and self._takes_residual(self.mlp):
             return self.mlp.fused(self.norm2(x) if normed is None else normed, x, gamma)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x) if normed is None else normed)))
 
@@ -343,13 +477,14 @@ class FusedBlock(FusedLayer):
             and isinstance(attn, FusedAttention)
             and self._takes_residual(mlp)
             and isinstance(mlp, FusedMlp)
-            and plain(attn.qkv, nn.Linear)
-            and plain(attn.proj, nn.Linear)
-            and plain(mlp.fc1, nn.Linear)
-            and plain(mlp.fc2, nn.Linear)
+            and attn.plain_in()
+            and plain_linear(attn.proj)
+            and plain_linear(mlp.fc1)
+            and plain_linear(mlp.fc2)
             and mlp.activation(mlp.act) is not None
             and all(_inactive(drop) for drop in (attn.proj_drop, mlp.drop1, mlp.drop2))
-            and all(_inactive(path, self.drop_path, "drop_prob") for path in (self.drop_path1, self.drop_path2))
+            and self._undropped(self.drop_path1)
+            and self._undropped(self.drop_path2)
             and self._scale(self.ls1)[0]
             and self._scale(self.ls2)[0]
             and not any(hooked(module) for module in self.modules())
@@ -364,7 +499,7 @@ class FusedBlock(FusedLayer):
         """Whether both norms can be folded into the layers that read them, for these tokens."""
         if not self.whole():
             return False
-        weight = self.attn.qkv.weight
+        weight = self.attn.weights_in()[0]
         return (
             x.dtype == weight.dtype == self.mlp.fc1.weight.dtype
             # inference tensors do not say when they change
@@ -379,10 +514,10 @@ class FusedBlock(FusedLayer):
 
     def folded_attention(self, x: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
         """The first half of `fused` without a normalised tensor: tokens `[B, N, D]` and the statistics of each."""
-        attn, norm = self.attn, self.norm1
-        qkv, proj = attn.qkv, attn.proj
+        attn, norm, proj = self.attn, self.norm1, self.attn.proj
+        weight, bias = attn.weights_in()
         stats = kernels.row_stats(x) if stats is None else stats
-        out = kernels.norm_linear(x, stats, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, tf32=attn.tf32)
+        out = kernels.norm_linear(x, stats, norm.weight, norm.bias, norm.eps, weight, bias, tf32=attn.tf32)
         out = attn.core(out)
         gamma = self._scale(self.ls1)[1]
         return kernels.linear_stats(out, proj.weight, proj.bias, residual=x, scale=gamma, tf32=attn.tf32)
@@ -406,8 +541,7 @@ class FusedBlock(FusedLayer):
         x = attn.project(attn.first(self.norm1(x), kept), x[:, :kept], self._scale(self.ls1)[1])
         return self.mlp.fused(self.norm2(x), x, self._scale(self.ls2)[1])
 
-    @staticmethod
-    def _takes_residual(branch: nn.Module) -> bool:
+    def _takes_residual(self, branch: nn.Module) -> bool:
         if hooked(branch):
             return False
         return isinstance(branch, FusedMlp) or (isinstance(branch, FusedAttention) and branch.fusable())
@@ -421,7 +555,7 @@ class FusedBlock(FusedLayer):
             elif hooked(branch):
                 limits.append(f"{name} has hooks: its residual is added outside it")
         for name in ("drop_path1", "drop_path2"):
-            rate = getattr(getattr(self, name), "drop_prob", 0.0)
+            rate = getattr(getattr(self, name), self.rate_name, 0.0)
             if rate:
                 limits.append(f"{name} {rate:.3g}: its residual is added outside the kernel in training")
         return limits
@@ -489,10 +623,4 @@ class FusedModel(FusedLayer):
         return x
 
     def _may_fold(self, x: Tensor) -> bool:
-        return (
-            (x.is_cuda or kernels.INTERPRET)
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled(x.device.type)
-            and plain(self.blocks, nn.Sequential)
-        )
+        return derivable(x) and plain(self.blocks, nn.Sequential)

@@ -45,6 +45,11 @@ class FusedReferenceAttention(layers.FusedAttention, model.Attention):
         bias = self.relative_logits(q, self.rel_pos_embed)
         return kernels.attention(q, k, v, self.scale, bias, tf32=self.tf32).transpose(1, 2).flatten(2)
 
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `FusedAttention.query_key`, with the relative logits."""
+        q, k, _ = super().query_key(x)
+        return q, k, None if self.rel_pos_embed is None else self.relative_logits(q, self.rel_pos_embed)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
         return self.fused(x) if self.fusable() else super().forward(x)
@@ -61,8 +66,8 @@ class FusedReferenceBlock(layers.FusedBlock, model.Block):
     """`vitfast.model.Block`."""
 
     replaces = model.Block
-    layer_scale = model.LayerScale
-    drop_path = model.DropPath
+    layer_scale_class = model.LayerScale
+    drop_path_class = model.DropPath
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""

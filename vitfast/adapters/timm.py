@@ -87,10 +87,10 @@ class FusedTimmBlock(layers.FusedBlock, vision_transformer.Block):
     """`timm.models.vision_transformer.Block`."""
 
     replaces = vision_transformer.Block
-    layer_scale = timm.layers.LayerScale
-    drop_path = timm.layers.DropPath
+    layer_scale_class = timm.layers.LayerScale
+    drop_path_class = timm.layers.DropPath
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention with the keywords that timm's block gives it: hooks see them."""
         return self.attn(x, attn_mask=None, is_causal=False)
 
