@@ -177,7 +177,8 @@ class FusedPatchEmbed(FusedLayer):
         """Why `proj` is called as a module, in a sentence each; empty where the kernel runs."""
         if limits := _why_called("proj", self.proj, nn.Conv2d):
             return limits
-        proj, patch = self.proj, tuple(self.patch_size)
+        proj, patch = self.proj, self.patch_size
+        patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
         # dense feature extractors make the stride smaller than the patch, in place
         if proj.kernel_size != patch or proj.stride != patch:
             return [f"proj has kernel {proj.kernel_size} and stride {proj.stride}: called as a module"]
@@ -381,7 +382,7 @@ class FusedMlp(FusedLayer):
     activations: ClassVar[dict[type[nn.Module], str]] = {}
 
     @classmethod
-    def activation(cls, module: nn.Module) -> str | None:
+    def epilogue(cls, module: nn.Module) -> str | None:
         """The kernel's name for an activation module, or None where it has none."""
         if type(module) is nn.GELU:
             return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
@@ -393,7 +394,7 @@ class FusedMlp(FusedLayer):
 
     def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """`residual + scale * mlp(x)`, `[..., D]` to `[..., D]`."""
-        activation = None if hooked(self.act) else self.activation(self.act)
+        activation = None if hooked(self.act) else self.epilogue(self.act)
         # one name for all, or the input's memory would be kept from the second layer
         if activation is not None and plain_linear(self.fc1):
             x = kernels.linear(x, self.fc1.weight, self.fc1.bias, activation, tf32=self.tf32)
@@ -410,7 +411,7 @@ class FusedMlp(FusedLayer):
 
     def limits(self) -> list[str]:
         limits = _why_called("fc1", self.fc1, nn.Linear) + _why_called("fc2", self.fc2, nn.Linear)
-        if hooked(self.act) or self.activation(self.act) is None:
+        if hooked(self.act) or self.epilogue(self.act) is None:
             limits += _why_called("act", self.act, type(self.act) if hooked(self.act) else nn.GELU)
         return limits
 
@@ -481,7 +482,7 @@ class FusedBlock(FusedLayer):
             and plain_linear(attn.proj)
             and plain_linear(mlp.fc1)
             and plain_linear(mlp.fc2)
-            and mlp.activation(mlp.act) is not None
+            and mlp.epilogue(mlp.act) is not None
             and all(_inactive(drop) for drop in (attn.proj_drop, mlp.drop1, mlp.drop2))
             and self._undropped(self.drop_path1)
             and self._undropped(self.drop_path2)
@@ -525,7 +526,7 @@ class FusedBlock(FusedLayer):
     def folded_mlp(self, x: Tensor, stats: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The second half; statistics where they are wanted."""
         mlp, norm = self.mlp, self.norm2
-        fc1, fc2, activation = mlp.fc1, mlp.fc2, mlp.activation(mlp.act)
+        fc1, fc2, activation = mlp.fc1, mlp.fc2, mlp.epilogue(mlp.act)
         out = kernels.norm_linear(
             x, stats, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, activation, tf32=mlp.tf32
         )

@@ -1,15 +1,19 @@
 """Which modules of which library can be replaced, and by what.
 
 One file per library. Each has `swaps()`, a table from a class to the fused class that takes its place, and
-`declined()`, classes that do a replaceable module's work but are left alone, with the reason. A file is imported when
-a model holds a class of its library, so nothing here imports a library that the user has not.
+`declined()`, classes that do a replaceable module's work but are left alone, with the reason; or, where copies of one
+class stand in many places, `find()`, which knows a class by what it does. A file is imported when a model holds a class
+of its library, so nothing here imports a library that the user has not.
 """
 
 from __future__ import annotations
 
+import dis
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +49,49 @@ class Match:
 
 
 # first part of a class's module path -> adapter file
-_ADAPTERS = {"torch": "torch", "vitfast": "reference", "timm": "timm"}
+_ADAPTERS = {"torch": "torch", "vitfast": "reference", "timm": "timm", "transformers": "transformers"}
+
+
+def around(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    """The fused class of a mix-in for a class that is found at run time: always the same one, and its objects pickle.
+
+    Args:
+        mixin: a subclass of `Rebuilt` and of a fused layer of `vitfast.layers`.
+        original: the library's class.
+    """
+    made = _made.get((mixin, original))
+    if made is None:
+        body = {"replaces": original, "__module__": mixin.__module__, "__doc__": f"`{original.__qualname__}`."}
+        made = _made[mixin, original] = type(f"Fused{original.__name__}", (mixin, original), body)
+    return made
+
+
+_made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+class Rebuilt:
+    """For mix-ins that `around` uses: a copied or unpickled object finds its class through the two it is made of."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind: Any = type(self)
+        if "replaces" not in vars(kind):
+            # a class that somebody made around it
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (kind.__bases__[0], kind.replaces), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+def _rebuild(mixin: type[nn.Module], original: type[nn.Module]) -> Any:
+    return object.__new__(around(mixin, original))
+
+
+def instructions(function: Any) -> tuple[tuple[str, Any], ...]:
+    """What a function does, step by step: equal for copies of one source, whatever module they stand in."""
+    # what decorators put around it is not the function's own
+    code = inspect.unwrap(function).__code__
+    return tuple((step.opname, step.argval) for step in dis.get_instructions(code))
 
 
 def match(module: nn.Module) -> Match | None:
@@ -59,10 +105,13 @@ def match(module: nn.Module) -> Match | None:
         if name is None:
             continue
         adapter = importlib.import_module(f".{name}", __name__)
-        if ancestor in adapter.declined():
+        if hasattr(adapter, "find"):
+            swap = adapter.find(ancestor)
+        elif ancestor in adapter.declined():
             of_kind, reason = adapter.declined()[ancestor]
             return Match(of_kind, None, reason)
-        swap = adapter.swaps().get(ancestor)
+        else:
+            swap = adapter.swaps().get(ancestor)
         if swap is None:
             continue
         if ancestor is not kind:

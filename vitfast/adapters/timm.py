@@ -208,7 +208,7 @@ def _decline_attention(module: Any) -> str | None:
 def _decline_mlp(module: Any) -> str | None:
     if not isinstance(module.fc1, nn.Linear):
         return f"fc1 is a {type(module.fc1).__name__}; the kernel replaces nn.Linear"
-    if FusedTimmMlp.activation(module.act) is None:
+    if FusedTimmMlp.epilogue(module.act) is None:
         return f"activation {type(module.act).__name__} is in no epilogue"
     return None
 
