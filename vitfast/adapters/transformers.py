@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Hashable
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,40 +142,28 @@ class ViTSelfAttention(_Attention):
         return [limit for limit in super().limits() if not limit.startswith("proj")]
 
 
-class _Activation:
-    """The epilogue's name for an activation of Transformers."""
-
-    @staticmethod
-    def epilogue(module: nn.Module) -> str | None:
-        """The kernel's name for an activation module, or None where it has none."""
-        if type(module) is nn.GELU:
-            return layers.FusedMlp.epilogue(module)
-        return _activations().get(type(module))
-
-
-@functools.cache
-def _activations() -> dict[type[nn.Module], str]:
-    names = {
-        "GELUActivation": "gelu",
-        "GELUTanh": "gelu_tanh",
-        "PytorchGELUTanh": "gelu_tanh",
-        "NewGELUActivation": "gelu_tanh",
-        "FastGELUActivation": "gelu_tanh",
-        "AccurateGELUActivation": "gelu_tanh",
-        "QuickGELUActivation": "quick_gelu",
-    }
-    return {getattr(activations, name): epilogue for name, epilogue in names.items() if hasattr(activations, name)}
+# classes of Transformers that compute what an epilogue does; versions differ in which there are
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    getattr(activations, name): epilogue
+    for name, epilogue in (
+        ("GELUActivation", "gelu"),
+        ("GELUTanh", "gelu_tanh"),
+        ("PytorchGELUTanh", "gelu_tanh"),
+        ("NewGELUActivation", "gelu_tanh"),
+        ("FastGELUActivation", "gelu_tanh"),
+        ("AccurateGELUActivation", "gelu_tanh"),
+        ("QuickGELUActivation", "quick_gelu"),
+    )
+    if hasattr(activations, name)
+}
 
 
-class ViTMLP(_Activation, layers.FusedMlp, Rebuilt):
+class ViTMLP(layers.FusedMlp, Rebuilt):
     """`fc1`, `activation_fn`, `fc2`."""
 
+    activations = ACTIVATIONS
     act = layers.alias("activation_fn")
     drop1 = drop2 = layers.IDENTITY
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., D]` to `[..., D]`."""
-        return super(_Activation, self).forward(hidden_states)
 
 
 class Dinov2MLP(ViTMLP):
@@ -183,7 +172,7 @@ class Dinov2MLP(ViTMLP):
     act = layers.alias("activation")
 
 
-class ViTIntermediate(_Activation, layers.FusedLayer, Rebuilt):
+class ViTIntermediate(layers.FusedLayer, Rebuilt):
     """Version 4: the MLP's first layer and its activation."""
 
     kind = "mlp"
@@ -193,7 +182,7 @@ class ViTIntermediate(_Activation, layers.FusedLayer, Rebuilt):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` to `[..., F]`."""
         act, dense = self.intermediate_act_fn, self.dense
-        activation = None if layers.hooked(act) else self.epilogue(act)
+        activation = None if layers.hooked(act) else ViTMLP.epilogue(act)
         if layers.symbolic(hidden_states) or activation is None or not layers.plain_linear(dense):
             return super().forward(hidden_states)
         return kernels.linear(hidden_states, dense.weight, dense.bias, activation, tf32=self.tf32)
@@ -282,17 +271,14 @@ class Dinov2Layer(_Layer):
     ls2 = layers.alias("layer_scale2")
     drop_path1 = drop_path2 = layers.alias("drop_path")
 
-    def _scale(self, module: Any) -> tuple[bool, Tensor | None]:
-        kind: Any = type(module)
-        if _copies(kind, "dinov2.Dinov2LayerScale") and not layers.hooked(module):
-            return True, module.lambda1
-        return super()._scale(module)
+    gamma_name = "lambda1"
 
-    def _undropped(self, module: Any) -> bool:
-        kind: Any = type(module)
-        if _copies(kind, "dinov2.Dinov2DropPath") and not layers.hooked(module):
-            return bool(not module.training or module.drop_prob == 0.0)
-        return super()._undropped(module)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if original := vars(cls).get("replaces"):
+            # each model has classes of its own for these
+            cls.layer_scale_class = _copy_beside(original, "dinov2.Dinov2LayerScale")
+            cls.drop_path_class = _copy_beside(original, "dinov2.Dinov2DropPath")
 
 
 class _PatchEmbeddings(layers.FusedPatchEmbed, Rebuilt):
@@ -480,7 +466,7 @@ def _decline_attention(module: Any) -> str | None:
 def _decline_mlp(module: Any) -> str | None:
     names = ("activation_fn", "activation", "intermediate_act_fn")
     act: Any = next(getattr(module, name) for name in names if hasattr(module, name))
-    if not isinstance(act, nn.Module) or _Activation.epilogue(act) is None:
+    if not isinstance(act, nn.Module) or ViTMLP.epilogue(act) is None:
         return f"activation {getattr(act, '__name__', type(act).__name__)} is in no epilogue"
     return None
 
@@ -629,11 +615,15 @@ def _softmaxes() -> frozenset[tuple[tuple[str, Any], ...]]:
     return frozenset(found)
 
 
-@functools.cache
-def _copies(kind: Hashable, name: str) -> bool:
-    """Whether a class's forward does what that of a class of Transformers does."""
+def _copy_beside(kind: type[nn.Module], name: str) -> type[nn.Module]:
+    """The class in a class's file that does what that of another file does; where there is none, one that is unused."""
     original: Any = _class(name)
-    return original is not None and instructions(kind.forward) == instructions(original.forward)  # type: ignore[attr-defined]
+    wanted = None if original is None else instructions(original.forward)
+    for candidate in vars(sys.modules[kind.__module__]).values():
+        if isinstance(candidate, type) and issubclass(candidate, nn.Module) and candidate.__module__ == kind.__module__:
+            if instructions(candidate.forward) == wanted:
+                return candidate
+    return nn.Identity
 
 
 @functools.cache

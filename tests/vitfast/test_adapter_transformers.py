@@ -1,0 +1,515 @@
+"""Transformers' models, plain and accelerated: outputs of every type, captured outputs, masks, and what users do."""
+
+from __future__ import annotations
+
+import copy
+import io
+import types
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    BeitConfig,
+    BeitModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNModel,
+)
+from transformers.models.vit import modeling_vit
+
+import vitfast
+from tests.vitfast._models import assert_same, check, forward, fused_names, images, kept_reasons, randomise, run
+from vitfast import kernels
+from vitfast.adapters import transformers as adapter
+
+# 4 x 4 patches, head width 12
+TINY: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+    "max_position_embeddings": 16,
+}
+V4 = transformers.__version__.startswith("4.")
+
+
+def build(kind: type[nn.Module], config: type, **changes: Any) -> nn.Module:
+    return randomise(kind(config(**{**TINY, **changes}))).eval()
+
+
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "ViT": (ViTModel, ViTConfig, {}),
+    "ViT classifier": (ViTForImageClassification, ViTConfig, {"num_labels": 7}),
+    "ViT without qkv bias": (ViTModel, ViTConfig, {"qkv_bias": False}),
+    "ViT, tanh": (ViTModel, ViTConfig, {"hidden_act": "gelu_new"}),
+    "ViT, SiLU": (ViTModel, ViTConfig, {"hidden_act": "silu"}),
+    "ViT-MSN": (ViTMSNModel, ViTMSNConfig, {}),
+    "DeiT": (DeiTModel, DeiTConfig, {}),
+    "DeiT with teacher": (DeiTForImageClassificationWithTeacher, DeiTConfig, {"num_labels": 7}),
+    "BEiT, absolute": (BeitModel, BeitConfig, {"use_absolute_position_embeddings": True}),
+    "CLIP": (CLIPVisionModel, CLIPVisionConfig, {}),
+    "SigLIP": (SiglipVisionModel, SiglipVisionConfig, {}),
+    "DINOv2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2, "layerscale_value": 0.3}),
+    "DINOv2, SwiGLU": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "DINOv2, registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, {"mlp_ratio": 2}),
+}
+
+
+def make(name: str, **changes: Any) -> nn.Module:
+    kind, config, options = MODELS[name]
+    return build(kind, config, **options, **changes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients(name):
+    check(lambda: make(name), images(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_replaced(name):
+    names = fused_names(vitfast.accelerate(make(name)))
+    kinds = {kind.removeprefix("Fused") for kind in names.values()}
+    assert any("Attention" in kind for kind in kinds), kinds
+    assert any("Embeddings" in kind for kind in kinds), kinds
+    if not V4 and "BEiT" not in name:
+        assert any(kind.endswith("Layer") for kind in kinds), kinds
+    assert any("MLP" in kind or "Intermediate" in kind for kind in kinds) == (
+        "SwiGLU" not in name and "SiLU" not in name
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_output_types(name):
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        for options in ({}, {"return_dict": False}, {"output_hidden_states": True}):
+            expected, actual = plain(x, **options), fused(x, **options)
+            assert type(actual) is type(expected)
+            if isinstance(expected, tuple):
+                assert len(actual) == len(expected)
+            else:
+                assert list(actual) == list(expected)
+            assert_close_trees(actual, expected)
+
+
+def assert_close_trees(actual: Any, expected: Any) -> None:
+    a, e = (torch.utils._pytree.tree_leaves(tree) for tree in (actual, expected))
+    assert len(a) == len(e) > 0
+    for left, right in zip(a, e, strict=True):
+        if isinstance(right, Tensor):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "CLIP", "SigLIP", "DINOv2"])
+def test_captured_outputs_stay_and_blocks_stay_fused(name):
+    kind, config, options = MODELS[name]
+    settings = config(**{**TINY, **options})
+    settings._attn_implementation = "eager"
+    plain = randomise(kind(settings)).eval()
+    assert plain.config._attn_implementation == "eager"
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, actual = (m(x, output_attentions=True, output_hidden_states=True) for m in (plain, fused))
+        assert len(actual.attentions) == 2
+        assert len(actual.hidden_states) == 3
+        assert_close_trees(actual, expected)
+        # the hooks that this left behind cost nothing once nobody asks
+        attentions = [m for m in fused.modules() if isinstance(m, adapter._Attention)]
+        assert attentions
+        if not V4:
+            assert all(m._forward_hooks for m in attentions)
+        calls = []
+        for m in attentions:
+            m.__class__ = type("Counted", (type(m),), {"forward": lambda self, *a, **k: calls.append(1) or 0})
+        if not V4:
+            assert_close_trees(fused(x).last_hidden_state, expected.last_hidden_state)
+            assert not calls
+
+
+def test_hidden_states_of_chosen_layers():
+    if V4:
+        pytest.skip("version 4 knows all or none")
+    plain = make("ViT")
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(1, 3, 32, 32)
+    assert_close_trees(fused(x, output_hidden_states=[1]), plain(x, output_hidden_states=[1]))
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP", "DINOv2"])
+def test_hooks_see_the_same_values(name):
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+
+    def record(model: nn.Module) -> list[Tensor]:
+        seen: list[Tensor] = []
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.LayerNorm)) or "Attention" in type(module).__name__:
+                module.register_forward_hook(
+                    lambda m, args, kwargs, out: seen.extend(
+                        t for t in (*args, *kwargs.values(), out) if isinstance(t, Tensor)
+                    ),
+                    with_kwargs=True,
+                )
+        with torch.no_grad():
+            model(images(1, 3, 32, 32))
+        return seen
+
+    expected, actual = record(plain), record(fused)
+    assert len(actual) == len(expected) > 20
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT, dropout": ("ViT", {"hidden_dropout_prob": 0.2}),
+    "ViT, attention dropout": ("ViT", {"attention_probs_dropout_prob": 0.3}),
+    "DeiT, dropout": ("DeiT", {"hidden_dropout_prob": 0.2}),
+    "CLIP, attention dropout": ("CLIP", {"attention_dropout": 0.3}),
+    "DINOv2, drop path": ("DINOv2", {"drop_path_rate": 0.4}),
+    "SigLIP": ("SigLIP", {}),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_training(case, implementation):
+    name, options = TRAINING[case]
+    kind, config, more = MODELS[name]
+    settings = config(**{**TINY, **more, **options})
+    settings._attn_implementation = implementation
+    plain = randomise(kind(settings))
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    if implementation == "sdpa":
+        assert_same(plain, fused, images(2, 3, 32, 32), train=True)
+        return
+    # other products than torch's fused attention, and a softmax that is rounded to fp32 even here
+    expected, actual = (run(m.double(), forward, images(2, 3, 32, 32).double(), train=True) for m in (plain, fused))
+    assert expected.keys() == actual.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP", "SigLIP", "DINOv2"])
+def test_gradient_checkpointing(name):
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for model in (plain, fused):
+        model.gradient_checkpointing_enable()
+    assert_same(plain, fused, images(2, 3, 32, 32), train=True)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_mask(implementation):
+    if V4:
+        pytest.skip("version 4's ViT takes no attention mask")
+    settings = ViTConfig(**TINY)
+    settings._attn_implementation = implementation
+    plain = randomise(ViTModel(settings)).eval()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[0, 9:] = 0
+    x = images(2, 3, 32, 32)
+
+    def masked(model, pixels):
+        return model(pixels, attention_mask=mask)
+
+    assert_same(plain, fused, x, masked)
+    assert not torch.allclose(fused(x).last_hidden_state, masked(fused, x).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
+def test_both_towers(kind):
+    if kind == "CLIP":
+        plain = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=TINY))
+    else:
+        plain = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=TINY))
+    plain = randomise(plain).eval()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 90, (2, 9), generator=generator)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+        # the text towers are causal or masked: there attention is Transformers' own
+        assert_same(plain, fused, images(2, 3, 32, 32), lambda m, x, i=inputs: m(pixel_values=x, **i))
+
+
+def test_llava_tower():
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TINY), text_config=text, image_token_index=98, vision_feature_layer=-1
+    )
+    plain = randomise(LlavaForConditionalGeneration(config)).eval()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    names = fused_names(fused)
+    assert any(kind == "FusedCLIPEncoderLayer" for kind in names.values())
+    ids = torch.tensor([[3] + [98] * 16 + [4, 5]])
+    x = images(1, 3, 32, 32)
+    with torch.no_grad():
+        expected, actual = (m(input_ids=ids, pixel_values=x).logits for m in (plain, fused))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "CLIP", "SigLIP", "DINOv2", "DINOv2, registers"])
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)], ids=str)
+def test_position_embeddings_are_resized_as_transformers_does(name, size):
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(2, 3, *size)
+    if "DINOv2" in name:
+        assert_same(plain, fused, x, grad=False)
+        return
+    assert_same(plain, fused, x, lambda m, p: m(p, interpolate_pos_encoding=True), grad=False)
+    for model in (plain, fused):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            model(x)
+        if model is plain:
+            expected = str(error.value)
+        else:
+            assert str(error.value) == expected
+
+
+def test_masked_patches():
+    plain = randomise(ViTModel(ViTConfig(**TINY), use_mask_token=True)).eval()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, ::3] = True
+    assert_same(plain, fused, images(2, 3, 32, 32), lambda m, x: m(x, bool_masked_pos=mask), grad=False)
+
+
+@pytest.mark.parametrize("name", ["ViT classifier", "CLIP", "DINOv2"])
+def test_save_pretrained(name, tmp_path):
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    plain.save_pretrained(tmp_path / "plain")
+    fused.save_pretrained(tmp_path / "fused")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    again = type(plain).from_pretrained(tmp_path / "fused").eval()
+    x = images(1, 3, 32, 32)
+    assert_close_trees(vitfast.accelerate(again)(x), plain(x))
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["ViT classifier", "SigLIP", "DINOv2"])
+def test_pickle_and_deepcopy(name):
+    fused = vitfast.accelerate(make(name))
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    x = images(1, 3, 32, 32)
+    for again in (torch.load(file, weights_only=False), copy.deepcopy(fused)):
+        assert [type(m) for m in again.modules()] == [type(m) for m in fused.modules()]
+        assert not {p.data_ptr() for p in again.parameters()} & {p.data_ptr() for p in fused.parameters()}
+        assert_close_trees(again(x), fused(x))
+
+
+@pytest.mark.parametrize("first", ["lora", "accelerate"])
+@pytest.mark.parametrize("name", ["ViT", "CLIP"])
+def test_lora(name, first):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain = make(name)
+    fused = copy.deepcopy(plain)
+    torch.manual_seed(3)
+    plain = get_peft_model(plain, config)
+    if first == "accelerate":
+        vitfast.accelerate(fused)
+    torch.manual_seed(3)
+    fused = get_peft_model(fused, config)
+    if first == "lora":
+        vitfast.accelerate(fused)
+    x = images(2, 3, 32, 32)
+    assert_same(plain.eval(), fused.eval(), x)
+    notes = {row.note for row in vitfast.report(fused).replaced if row.kind == "attention"}
+    assert notes == {"q_proj is a Linear: called as a module; v_proj is a Linear: called as a module"}
+    merged = fused.merge_and_unload()
+    assert_same(plain.merge_and_unload(), merged, x, grad=False)
+
+
+def test_a_function_that_somebody_registered_is_called():
+    seen = []
+
+    def doubled(module, query, key, value, attention_mask, **kwargs):
+        seen.append(module)
+        out = nn.functional.scaled_dot_product_attention(query, key, value) * 2
+        return out.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("doubled", doubled)
+    plain = make("ViT")
+    plain.set_attn_implementation("doubled")
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(1, 3, 32, 32)
+    assert_close_trees(fused(x), plain(x))
+    assert len(seen) == 4
+    notes = {row.note for row in vitfast.report(fused).replaced if row.kind == "attention"}
+    assert notes == {"attn_implementation 'doubled' is no known one: the original forward runs"}
+
+
+def test_changed_layers_are_left_alone():
+    class Scaled(modeling_vit.ViTAttention):
+        def forward(self, hidden_states, *args, **kwargs):
+            out, weights = super().forward(hidden_states, *args, **kwargs)
+            return out * 2, weights
+
+    plain = make("ViT")
+    attention = plain.layers[0].attention if not V4 else plain.encoder.layer[0].attention
+    attention.__class__ = Scaled
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert_same(plain, fused, images(1, 3, 32, 32))
+    if not V4:
+        assert kept_reasons(fused) == {"layers.0.attention": "unknown subclass of ViTAttention"}
+
+
+def test_other_softmax_is_left_alone(monkeypatch):
+    """A copy of the layer in a file whose eager attention does something else is not the same layer."""
+    if V4:
+        pytest.skip("written for version 5's layout")
+
+    def sharpened(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        return modeling_vit.eager_attention_forward(module, query, key, value, attention_mask, scaling * 2, dropout)
+
+    forward = modeling_vit.ViTAttention.forward
+    elsewhere = types.FunctionType(
+        forward.__code__, {**forward.__globals__, "eager_attention_forward": sharpened}, "forward", forward.__defaults__
+    )
+    kind = type("ViTAttention", (modeling_vit.ViTAttention,), {"forward": elsewhere})
+    kind.__module__ = "transformers.models.elsewhere"
+    model = make("ViT")
+    model.layers[1].attention.__class__ = kind
+    assert kept_reasons(vitfast.accelerate(model)) == {
+        "layers.1.attention": "its eager attention is not the plain softmax"
+    }
+
+
+def test_copies_are_known_by_what_they_do():
+    if V4:
+        pytest.skip("written for version 5's layout")
+    forward = modeling_vit.ViTMLP.forward
+    body = {"forward": types.FunctionType(forward.__code__, {**forward.__globals__}, "forward")}
+    kind = type("NewMLP", (nn.Module,), {**body, "__module__": "transformers.models.new.modeling_new"})
+    model = make("ViT")
+    mlp = kind()
+    mlp.__dict__.update(model.layers[0].mlp.__dict__)
+    model.layers[0].mlp = mlp
+    expected = model(images(1, 3, 32, 32))
+    vitfast.accelerate(model)
+    assert fused_names(model)["layers.0.mlp"] == "FusedNewMLP"
+    assert_close_trees(model(images(1, 3, 32, 32)), expected)
+    assert type(vitfast.restore(model).layers[0].mlp) is kind
+
+
+def test_every_prototype_of_this_version_is_known():
+    """A version that changes a layer shows here: what is left of the list must still cover each role."""
+    mixins = {prototype.mixin.__name__ for prototype in adapter._known().values()}
+    v4 = {"ViTSelfAttention", "ViTIntermediate", "ViTOutput", "Dinov2MLP", "SizedPatchEmbeddings"}
+    v5 = {
+        *("ViTAttention", "ViTLayer", "CLIPEncoderLayer", "Dinov2Layer", "Dinov2PatchEmbeddings"),
+        *("ViTEmbeddings", "DeiTEmbeddings", "Dinov2Embeddings", "Dinov2WithRegistersEmbeddings", "FusedMlp"),
+    }
+    both = {"CLIPAttention", "ViTMLP", "ViTPatchEmbeddings", "CLIPVisionEmbeddings", "SiglipVisionEmbeddings"}
+    assert mixins >= both | (v4 if V4 else v5)
+
+
+def test_spread_over_devices():
+    """accelerate's hooks put a forward of their own on each module: those are left alone, and say so."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    plain = make("ViT")
+    fused = copy.deepcopy(plain)
+    layer = fused.layers[0] if not V4 else fused.encoder.layer[0]
+    add_hook_to_module(layer.layernorm_before, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    vitfast.accelerate(fused)
+    assert "forward is replaced on this object" in kept_reasons(fused).values()
+    assert_same(plain, fused, images(1, 3, 32, 32), grad=False)
+
+
+@pytest.mark.parametrize("name", ["ViT classifier", "DeiT", "CLIP", "SigLIP", "DINOv2", "DINOv2, registers"])
+def test_compile_in_one_graph(name):
+    fused = vitfast.accelerate(make(name))
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = fused(x)
+        torch._dynamo.reset()
+        actual = torch.compile(fused, fullgraph=True, backend="aot_eager")(x)
+    assert_close_trees(actual, expected)
+
+
+def test_shared_weights_and_restore_after_training():
+    model = vitfast.accelerate(make("ViT classifier"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()(images(2, 3, 32, 32), labels=torch.tensor([1, 2])).loss.backward()
+    optimizer.step()
+    x = images(1, 3, 32, 32)
+    expected = model.eval()(x).logits
+    restored = vitfast.restore(model)
+    assert type(restored.vit) is ViTModel
+    torch.testing.assert_close(restored(x).logits, expected, rtol=1e-4, atol=1e-4)
+    assert any(not torch.equal(p, before[name]) for name, p in restored.named_parameters())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["ViT", "ViT without qkv bias", "CLIP", "DINOv2"])
+def test_one_gemm_for_queries_keys_and_values(name, monkeypatch):
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    packed = []
+    inner = kernels.attention_qkv
+    monkeypatch.setattr(kernels, "attention_qkv", lambda qkv, *a, **k: packed.append(qkv.shape) or inner(qkv, *a, **k))
+    x = images(1, 3, 32, 32)
+    with torch.no_grad():
+        assert_close_trees(fused(x), plain(x))
+        assert packed == [(1, 17, 144)] * 2
+        # weights that change are seen
+        for model in (plain, fused):
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+        assert_close_trees(fused(x), plain(x))
+    # in training each layer is its own
+    packed.clear()
+    fused(x)
+    assert not packed
