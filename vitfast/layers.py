@@ -216,13 +216,13 @@ class FusedAttention(FusedLayer):
         # the original reads the rate from the dropout, and whether it trains from itself or the dropout
         return _inactive(self.attn_drop) and not (self.training and getattr(self.attn_drop, "p", 0.0))
 
-    def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """`residual + scale * attention(x)`, `[B, N, D]` to `[B, N, D]`."""
-        return self.project(self.attended(x), residual, scale)
+    def fused(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, **given: Any) -> Tensor:
+        """`residual + scale * attention(x)`, `[B, N, D]` to `[B, N, D]`; the rest is for `attended`."""
+        return self.project(self.attended(x, **given), residual, scale)
 
-    def attended(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor, **given: Any) -> Tensor:
         """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
-        return self.core(_linear(self.qkv, x, None, None, self.tf32))
+        return self.core(_linear(self.qkv, x, None, None, self.tf32), **given)
 
     def project(self, out: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
         """`residual + scale * proj(out)`, `[B, N, H * d]` to `[B, N, D]`."""
@@ -300,11 +300,11 @@ class FusedSplitAttention(FusedAttention):
     k_proj: Any
     v_proj: Any
 
-    def attended(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor, **given: Any) -> Tensor:
         """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
         if self._packs(x):
-            return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32))
-        return self.mixed(*self._projected(x))
+            return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32), **given)
+        return self.mixed(*self._projected(x), **given)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
@@ -417,7 +417,10 @@ class FusedMlp(FusedLayer):
 
 
 class FusedBlock(FusedLayer):
-    """A pre-norm block whose residual additions and LayerScale ride in the branches' last kernels."""
+    """A pre-norm block whose residual additions and LayerScale ride in the branches' last kernels.
+
+    `ls1` and `ls2` are modules, or the scales themselves, or None.
+    """
 
     kind = "block"
     norm1: Any
@@ -439,13 +442,22 @@ class FusedBlock(FusedLayer):
         """Call the attention as the original block does."""
         return self.attn(x, **kwargs)
 
+    def given(self, **kwargs: Any) -> dict[str, Any]:
+        """Which of the block's other arguments fused attention takes: none, here."""
+        return {}
+
     def _scale(self, module: Any) -> tuple[bool, Tensor | None]:
-        """`(known, gamma)` of a LayerScale or the identity in its place."""
+        """`(known, gamma)` of a LayerScale or what is in its place."""
+        if module is None or isinstance(module, Tensor):
+            return True, module
         if plain(module, nn.Identity):
             return True, None
         if plain(module, self.layer_scale_class):
             return True, getattr(module, self.gamma_name)
         return False, None
+
+    def _scaled(self, module: Any, x: Tensor) -> Tensor:
+        return module(x) if isinstance(module, nn.Module) else _residual(x, None, module)
 
     def _undropped(self, module: nn.Module) -> bool:
         return _inactive(module, self.drop_path_class, self.rate_name)
@@ -457,18 +469,18 @@ class FusedBlock(FusedLayer):
         known = known and self._undropped(self.drop_path1)
         normed = None
         if known and self._takes_residual(self.attn):
-            x = self.attn.fused(self.norm1(x), x, gamma)
+            x = self.attn.fused(self.norm1(x), x, gamma, **self.given(**kwargs))
         elif known and isinstance(self.norm2, FusedLayerNorm) and not hooked(self.norm2):
             norm = self.norm2
             branch = self.attend(self.norm1(x), **kwargs)
             x, normed = kernels.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, gamma)
         else:
-            x = x + self.drop_path1(self.ls1(self.attend(self.norm1(x), **kwargs)))
+            x = x + self.drop_path1(self._scaled(self.ls1, self.attend(self.norm1(x), **kwargs)))
 
         known, gamma = self._scale(self.ls2)
         if known and self._undropped(self.drop_path2) and self._takes_residual(self.mlp):
             return self.mlp.fused(self.norm2(x) if normed is None else normed, x, gamma)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x) if normed is None else normed)))
+        return x + self.drop_path2(self._scaled(self.ls2, self.mlp(self.norm2(x) if normed is None else normed)))
 
     def whole(self) -> bool:
         """Whether everything in this block is known: nothing but a norm or an identity is called as a module."""
