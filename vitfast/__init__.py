@@ -2,7 +2,7 @@
 
 from .accelerate import Report, accelerate, report, restore
 from .architectures import create_model, list_models
-from .attention_maps import attention_maps, overlay, rollout
+from .attention_maps import attention_maps, grad_rollout, overlay, rollout
 from .model import VisionTransformer
 from .parity import compare, parity
 from .preprocess import ImageSpec, image_spec, preprocess
@@ -18,6 +18,7 @@ __all__ = [
     "attention_maps",
     "compare",
     "create_model",
+    "grad_rollout",
     "image_spec",
     "list_models",
     "load_weights",

@@ -2,39 +2,45 @@
 
 Fused attention never writes its probabilities down, so they are computed again from what went into it. A hook on a
 module *inside* a fused block would make the block call that module the slow way; here a hook on the block itself
-catches the block's input, which leaves the fused path as it is, and the block's own first norm, qkv projection and
-query and key norms are then applied to that input once more.
+catches the block's input, which leaves the fused path as it is, and the block's own first norm, its projection to
+queries and keys, and their norms are then applied to that input once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .adapters import match
-from .layers import FusedAttention, FusedBlock
+from .layers import FusedAttention, FusedBlock, FusedSplitAttention, face
 
 HEADS = ("mean", "max", "min")
+ROWS = ("all", "cls")
+METHODS = ("abnar", "vit_keras", "vit_explain")
 
 
 @dataclass(frozen=True)
 class AttentionMaps(Sequence[Tensor]):
-    """Attention probabilities of some layers; a sequence of tensors, in the model's order.
+    """Attention probabilities of some layers; a sequence of tensors, in the order that was asked for.
 
     Attributes:
-        maps: one per layer, `[B, N, N]`, or `[B, h, N, N]` where the heads were kept; fp32. Rows are queries and sum
-            to one (after "max" or "min" over the heads they do not).
+        maps: one per layer, `[B, N, N]`, or `[B, h, N, N]` where the heads were kept; of the class token's row alone
+            `[B, N]`, or `[B, h, N]`. fp32 (fp64 of a model in fp64). Rows are queries and sum to one (after "max" or
+            "min" over the heads they do not).
         layers: index of each map's layer in the model.
         grid: (rows, cols) of patches.
-        num_prefix_tokens: tokens in front of the patches.
+        num_prefix_tokens: tokens in front of the patches: class, distillation, registers.
         has_class_token: whether the first of them is a class token.
+        rows: "all", or "cls" for the class token's row alone.
     """
 
     maps: tuple[Tensor, ...]
@@ -42,6 +48,7 @@ class AttentionMaps(Sequence[Tensor]):
     grid: tuple[int, int]
     num_prefix_tokens: int
     has_class_token: bool
+    rows: str = "all"
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -53,59 +60,104 @@ class AttentionMaps(Sequence[Tensor]):
         """The patches' part of attention rows `[..., N]`, as `[..., rows, cols]`."""
         return rows[..., self.num_prefix_tokens :].unflatten(-1, self.grid)
 
+    def seen(self, layer: Tensor) -> Tensor:
+        """What the class token sees of each patch in a map; without a class token, what the patches see on average.
 
-def _attentions(model: nn.Module) -> list[tuple[str, Any]]:
-    """Self-attention modules whose arithmetic is known, in the model's order."""
-    found = []
+        Args:
+            layer: one of `maps`, or something of its shape.
+
+        Returns:
+            `[B, rows, cols]`, or `[B, h, rows, cols]`.
+        """
+        if self.rows == "all":
+            layer = layer[..., 0, :] if self.has_class_token else layer[..., self.num_prefix_tokens :, :].mean(dim=-2)
+        return self.to_grid(layer)
+
+
+class _Attention(NamedTuple):
+    """A self-attention module whose arithmetic is known.
+
+    Attributes:
+        name: in the model.
+        module: the module itself.
+        view: it, seen as the fused class that is its own or could take its place.
+        block: the fused block that may skip the module's `forward`, or None.
+    """
+
+    name: str
+    module: nn.Module
+    view: Any
+    block: Any | None
+
+
+def _attentions(model: nn.Module) -> list[_Attention]:
+    """Self-attention modules, in the model's order."""
+    found: list[_Attention] = []
+    declined = []
     for name, module in model.named_modules():
         kind: type[nn.Module] | None = type(module) if isinstance(module, FusedAttention) else None
-        if kind is None and (matched := match(module)) is not None:
+        if kind is None and (matched := match(module)) is not None and matched.kind == "attention":
             kind = matched.fused
-        if kind is not None and issubclass(kind, FusedAttention) and hasattr(module, "qkv"):
-            found.append((name, module))
+            if kind is None:
+                declined.append((name, module, matched.reason))
+        if kind is not None and issubclass(kind, FusedAttention):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            block = parent if isinstance(parent, FusedBlock) and parent.attn is module else None
+            found.append(_Attention(name, module, face(kind, module), block))
+    known = tuple({attention.view.replaces for attention in found})
+    # one of the same class is a layer that the count would miss; another class pools
+    missing = [f"{name}: {why}" for name, module, why in declined if not found or isinstance(module, known)]
+    if missing:
+        raise ValueError(f"{type(model).__name__} has attention that attention maps do not know: {'; '.join(missing)}")
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention modules that attention maps know")
     return found
 
 
 @contextmanager
-def _inputs(model: nn.Module, attentions: Sequence[tuple[str, Any]]) -> Iterator[list[list[Tensor]]]:
-    """While open, a forward of `model` appends what enters each attention's block, or itself, to its list."""
-    caught: list[list[Tensor]] = [[] for _ in attentions]
-    handles = []
-
-    def catch(into: list[Tensor], name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-                raise ValueError(f"{name} is called with a mask; attention maps are made of unmasked attention only")
-            into.append(args[0].detach())
-
-        return hook
-
+def _hooks() -> Iterator[list[Any]]:
+    """Handles put into the list are removed at the end; compiled code, which would not see hooks, is not used."""
+    handles: list[Any] = []
     try:
-        for (name, attention), into in zip(attentions, caught, strict=True):
-            owner = _owner(model, name, attention)
-            target = attention if owner is None else owner
-            handles.append(target.register_forward_pre_hook(catch(into, name), with_kwargs=True))
-        yield caught
+        with torch.compiler.set_stance("force_eager"):
+            yield handles
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _owner(model: nn.Module, name: str, attention: nn.Module) -> Any | None:
-    """The fused block that skips the attention's `forward`; None where the attention is called as a module."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return parent if isinstance(parent, FusedBlock) and parent.attn is attention else None
+def _input(attention: _Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tokens among the arguments of an attention or its block."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    # nn.MultiheadAttention is given the same tensor as query, key and value
+    others = [tensor for tensor in tensors[1:] if tensor is not tensors[0]]
+    if others or kwargs.get("is_causal") or getattr(attention.module, "is_causal", False):
+        raise ValueError(
+            f"{attention.name} is called with a mask, or another tensor beside its input; attention maps are made of "
+            "unmasked attention only"
+        )
+    return tensors[0]
 
 
-def _probabilities(attention: Any, x: Tensor) -> Tensor:
-    """softmax(scale q k^T + bias) of tokens `[B, N, D]`: `[B, h, N, N]`, in fp32 from the model's own q and k."""
-    # the plain modules have the same attributes under the same names, so one place knows the packing
-    q, k, _ = FusedAttention.heads(attention, attention.qkv(x))
-    logits = (q.float() * attention.scale) @ k.float().transpose(-2, -1)
-    table = getattr(attention, "rel_pos_embed", None)
-    if table is not None:
-        logits = logits + attention.relative_logits(q, table).float()
-    return logits.softmax(dim=-1)
+def _once(attention: _Attention, caught: list[Any]) -> Any:
+    if len(caught) != 1:
+        raise ValueError(f"{attention.name} ran {len(caught)} times in one forward; expected once")
+    return caught[0]
+
+
+def _probabilities(attention: Any, x: Tensor, rows: str) -> Tensor:
+    """softmax(scale q k^T + bias) of normed tokens `[B, N, D]`: `[B, h, N, N]`, or `[B, h, N]` of the first token."""
+    q, k, bias = attention.query_key(x)
+    if rows == "cls":
+        q = q[:, :, :1]
+        bias = bias if bias is None or bias.shape[-2] == 1 else bias[..., :1, :]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    # the model's own q and k, but autocast would round the logits too
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q.to(dtype) * attention.scale) @ k.to(dtype).transpose(-2, -1)
+        logits = logits if bias is None else logits + bias.to(dtype)
+        probabilities = logits.softmax(dim=-1)
+    return probabilities[:, :, 0] if rows == "cls" else probabilities
 
 
 def _fuse(probabilities: Tensor, heads: str | None) -> Tensor:
@@ -116,19 +168,41 @@ def _fuse(probabilities: Tensor, heads: str | None) -> Tensor:
     return probabilities.amax(dim=1) if heads == "max" else probabilities.amin(dim=1)
 
 
-def _grid(model: nn.Module, pixels: Tensor, tokens: int) -> tuple[tuple[int, int], int, bool]:
-    """((rows, cols), prefix tokens, whether there is a class token) of a forward that had `tokens` tokens."""
-    owner: Any = next((module for module in model.modules() if hasattr(module, "patch_embed")), None)
-    if owner is None:
-        raise ValueError(f"{type(model).__name__} has no patch_embed, so the patch grid is not known")
-    patch = owner.patch_embed.patch_size
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    # rounded up, since timm can pad the image to a multiple of the patch
-    rows, cols = -(-pixels.shape[-2] // height), -(-pixels.shape[-1] // width)
-    prefix = tokens - rows * cols
+def _has_class_token(model: nn.Module) -> bool:
+    # timm, DINOv2, Transformers; torchvision; CLIP
+    names = ("cls_token", "class_token", "class_embedding")
+    return any(isinstance(getattr(module, name, None), Tensor) for module in model.modules() for name in names)
+
+
+def _grid(model: nn.Module, pixels: Tensor, width: int) -> tuple[int, int]:
+    """(rows, cols) of patches, by the convolution that makes tokens of this width of these pixels."""
+    stems: list[Any] = [module for module in model.modules() if hasattr(module, "dynamic_feat_size")]
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    conv = next((c for c in convs if (c.in_channels, c.out_channels) == (pixels.shape[1], width)), None)
+    # timm's stems know their grid: one that pads the image, or that is a whole convolutional network
+    if stems and (conv is None or any(stem.dynamic_img_pad for stem in stems)):
+        grid = stems[0].dynamic_feat_size(pixels.shape[-2:])
+    elif conv is not None:
+        image, weight = (torch.empty(shape, device="meta") for shape in (pixels.shape, conv.weight.shape))
+        grid = F.conv2d(image, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups).shape[-2:]
+    else:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution from {pixels.shape[1]} channels to tokens of width {width}, so "
+            "the patch grid is not known"
+        )
+    return grid[0], grid[1]
+
+
+def _layout(model: nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[tuple[int, int], int, bool]:
+    """((rows, cols), prefix tokens, whether there is a class token) of a forward that had these tokens `[B, N, D]`."""
+    count, width = tokens.shape[1:]
+    if any(isinstance(getattr(module, "detection_tokens", None), Tensor) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has tokens behind its patches; expected all others in front of them")
+    rows, cols = _grid(model, pixels, width)
+    prefix = count - rows * cols
     if prefix < 0:
-        raise ValueError(f"the blocks see {tokens} tokens; expected at least the {rows}x{cols} patches of the image")
-    return (rows, cols), prefix, prefix > 0 and getattr(owner, "cls_token", None) is not None
+        raise ValueError(f"the blocks see {count} tokens; expected at least the {rows}x{cols} patches of the image")
+    return (rows, cols), prefix, prefix > 0 and _has_class_token(model)
 
 
 @torch.no_grad()
@@ -138,51 +212,66 @@ def attention_maps(
     *,
     layers: Sequence[int] | None = None,
     heads: str | None = "mean",
+    rows: str = "all",
 ) -> AttentionMaps:
     """Attention probabilities of chosen layers in one forward, of a plain or an accelerated model.
 
     The model runs as it is, fused path and training mode included (dropout of the probabilities is not applied to
-    what is returned). The hooks that this takes are gone when it returns or raises.
+    what is returned); a compiled model runs without its compiled code. The hooks that this takes are gone when it
+    returns or raises.
+
+    Only what is asked for is computed again, beside the queries and keys of the chosen layers: N numbers per head with
+    `rows="cls"`, N * N with "all". The softmax runs over whole rows, so it needs nothing that the kernel would have to
+    save, such as the logarithm of its sum.
 
     Args:
-        model: a `vitfast.VisionTransformer` or a timm one, accelerated or not, or a model that holds one.
+        model: any model whose attention `vitfast.accelerate` knows, accelerated or not.
         pixels: `[B, C, H, W]`, on the model's device and in its dtype; H and W may differ.
         layers: indices of attention layers, negative ones from the end; default all.
         heads: "mean", "max" or "min" over the heads; None keeps them.
+        rows: "all" queries, which `rollout` needs, or "cls", the class token's alone.
 
     Returns:
-        The maps, in the order of `layers`: `[B, N, N]` fp32 each, or `[B, h, N, N]`.
+        The maps, in the order of `layers`: `[B, N, N]` each, `[B, N]` with `rows="cls"`, with heads behind the batch
+        where they are kept.
 
     Raises:
-        ValueError: the model has no attention that is known here, or `layers` or `heads` does not fit.
+        ValueError: attention of the model is not known here or masked, or `layers`, `heads` or `rows` does not fit.
     """
     if heads is not None and heads not in HEADS:
         raise ValueError(f"heads={heads!r}; expected one of {', '.join(HEADS)} or None")
+    if rows not in ROWS:
+        raise ValueError(f"rows={rows!r}; expected one of {', '.join(ROWS)}")
     attentions = _attentions(model)
-    if not attentions:
-        raise ValueError(f"{type(model).__name__} has no attention modules that attention maps know")
+    if rows == "cls" and not _has_class_token(model):
+        raise ValueError(f"rows='cls', but this {type(model).__name__} has no class token; accepted is rows='all'")
     wanted = range(len(attentions)) if layers is None else layers
-    if not all(-len(attentions) <= i < len(attentions) for i in wanted):
+    if not wanted or not all(-len(attentions) <= i < len(attentions) for i in wanted):
         raise ValueError(f"layers={list(wanted)}; expected indices from {-len(attentions)} to {len(attentions) - 1}")
     indices = tuple(i % len(attentions) for i in wanted)
-    chosen = [attentions[i] for i in indices]
+    # a layer that is asked for twice is caught once
+    caught: dict[int, list[Tensor]] = {i: [] for i in indices}
 
-    with _inputs(model, chosen) as caught:
+    def catch(attention: _Attention, into: list[Tensor]) -> Any:
+        return lambda _, args, kwargs: into.append(_input(attention, args, kwargs))
+
+    with _hooks() as handles:
+        for i, into in caught.items():
+            target = attentions[i].block or attentions[i].module
+            handles.append(target.register_forward_pre_hook(catch(attentions[i], into), with_kwargs=True))
         model(pixels)
-    maps = []
-    for (name, attention), inputs in zip(chosen, caught, strict=True):
-        if len(inputs) != 1:
-            raise ValueError(f"{name} ran {len(inputs)} times in one forward; expected once")
-        owner = _owner(model, name, attention)
-        x = inputs[0] if owner is None else owner.norm1(inputs[0])
-        maps.append(_fuse(_probabilities(attention, x), heads))
-    tokens = maps[0].shape[-1] if maps else 0
-    grid, prefix, has_class_token = _grid(model, pixels, tokens) if maps else ((0, 0), 0, False)
-    return AttentionMaps(tuple(maps), indices, grid, prefix, has_class_token)
+    tokens = {i: _once(attentions[i], into) for i, into in caught.items()}
+    maps = {}
+    for i, x in tokens.items():
+        attention = attentions[i]
+        normed = x if attention.block is None else attention.block.norm1(x)
+        maps[i] = _fuse(_probabilities(attention.view, normed, rows), heads)
+    layout = _layout(model, pixels, tokens[indices[0]])
+    return AttentionMaps(tuple(maps[i] for i in indices), indices, *layout, rows)
 
 
 @torch.no_grad()
-def rollout(maps: AttentionMaps, *, discard_ratio: float = 0.0) -> Tensor:
+def rollout(maps: AttentionMaps, *, method: str = "abnar", discard_ratio: float = 0.0) -> Tensor:
     """Attention rollout: how much of each patch reaches the class token through all layers.
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (arXiv 2005.00928), section 3: heads are averaged,
@@ -190,34 +279,172 @@ def rollout(maps: AttentionMaps, *, discard_ratio: float = 0.0) -> Tensor:
 
         A_l = rownorm(W_l + I),    R = A_L ... A_2 A_1.
 
-    The result is R's row of the class token, at the patches. A model without one gives the mean over its patches' rows.
+    The result is R's row of the class token, at the patches. Two libraries compute it in ways of their own, which can
+    be had by name:
+
+    - "abnar": the paper's. A model without a class token gives the mean over its patches' rows.
+    - "vit_keras", as `vit_keras.visualize.attention_map`: each W_l + I is divided by the sum of the whole matrix, and
+      the result by its largest value. Of averaged heads this is "abnar" but for its scale. The products shrink by
+      N a layer, which underflows in fp32 and does not in fp64, which everything here is computed in.
+    - "vit_explain", as jacobgil's `vit-explain`: `discard_ratio` is a share of the whole matrix's weights, and never
+      takes the one of the class token on itself; column j, not row j, is divided by the sum of row j (the same where
+      rows sum to one); the result is divided by its largest value. Its choice of heads is `attention_maps(heads=...)`.
 
     Args:
-        maps: of all layers, first to last, as `attention_maps` returns them.
-        discard_ratio: share of each row's weights, the smallest ones, that count as zero; 0 <= ratio < 1.
+        maps: of all layers, first to last, as `attention_maps` returns them; kept heads are averaged.
+        method: "abnar", "vit_keras" or "vit_explain".
+        discard_ratio: share of the weights, the smallest ones, that count as zero: of each row's for "abnar", of the
+            matrix's for "vit_explain"; 0 <= ratio < 1.
 
     Returns:
-        `[B, rows, cols]` float64, not negative; with the prefix tokens' part it would sum to one.
+        `[B, rows, cols]` float64, not negative. For "abnar" it would sum to one with the prefix tokens' part, for the
+        others the largest value is one.
 
     Raises:
-        ValueError: there is no map, or `discard_ratio` is out of range.
+        ValueError: there is no map, only the class token's row of it, or no class token for a method that needs one;
+            `method` or `discard_ratio` is out of range.
     """
+    _check_rollout(method, discard_ratio)
     if len(maps) == 0:
         raise ValueError("rollout needs the map of at least one layer")
-    if not 0.0 <= discard_ratio < 1.0:
-        raise ValueError(f"discard_ratio={discard_ratio}; expected 0 <= discard_ratio < 1")
+    if maps.rows != "all":
+        raise ValueError(f"rollout multiplies whole maps, and these have rows={maps.rows!r}; expected rows='all'")
+    if method != "abnar" and not maps.has_class_token:
+        raise ValueError(f"method={method!r} reads the class token's row, and there is none; accepted is 'abnar'")
     identity = torch.eye(maps[0].shape[-1], dtype=torch.float64, device=maps[0].device)
     result = identity
     for layer in maps:
         weights = layer.double().mean(dim=1) if layer.ndim == 4 else layer.double()  # [B, N, N]
-        discarded = int(weights.shape[-1] * discard_ratio)
-        if discarded:
-            smallest = weights.topk(discarded, dim=-1, largest=False).indices
-            weights = weights.scatter(-1, smallest, 0.0)
-        weights = weights + identity
-        result = (weights / weights.sum(dim=-1, keepdim=True)) @ result
-    rows = result[:, 0] if maps.has_class_token else result[:, maps.num_prefix_tokens :].mean(dim=1)
-    return maps.to_grid(rows)
+        weights = _discard(weights, method, discard_ratio) + identity
+        if method == "vit_keras":
+            weights = weights / weights.sum(dim=(-2, -1), keepdim=True)
+        else:
+            weights = weights / weights.sum(dim=-1).unsqueeze(-1 if method == "abnar" else -2)
+        result = weights @ result
+    flow = maps.seen(result)
+    if method == "abnar":
+        return flow
+    # where everything was discarded, nothing is seen
+    return flow / flow.amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _check_rollout(method: str, discard_ratio: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
+    if not 0.0 <= discard_ratio < 1.0:
+        raise ValueError(f"discard_ratio={discard_ratio}; expected 0 <= discard_ratio < 1")
+    if discard_ratio and method == "vit_keras":
+        raise ValueError(f"discard_ratio={discard_ratio}, but method='vit_keras' discards nothing; expected 0")
+
+
+def _discard(weights: Tensor, method: str, ratio: float) -> Tensor:
+    """Weights `[B, N, N]` with the smallest ones set to zero."""
+    among = weights if method == "abnar" else weights.flatten(1)
+    count = int(among.shape[-1] * ratio)
+    if not count:
+        return weights
+    smallest = among.topk(count, dim=-1, largest=False).indices
+    kept = among.scatter(-1, smallest, 0.0).view_as(weights)
+    if method == "vit_explain":
+        kept[:, 0, 0] = weights[:, 0, 0]
+    return kept
+
+
+Target = int | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
+
+
+def grad_rollout(
+    model: nn.Module, pixels: Tensor, target: Target = None, *, method: str = "abnar", discard_ratio: float = 0.0
+) -> Tensor:
+    """Rollout of what speaks for a class: each attention probability times the class's gradient with respect to it.
+
+    In the place of a layer's probabilities stands max(0, mean over heads of P * dL/dP), L the class's logit; the rest
+    is `rollout`. This is `vit-explain`'s gradient rollout, with each layer's own gradient beside it, for one class or
+    one per image. Fused attention has no probabilities to differentiate by, so this forward computes attention as an
+    explicit softmax in its place, for every layer: it keeps 2 * B * h * N * N numbers a layer. Weights get no
+    gradients, need not ask for any, and the hooks that this takes are gone when it returns or raises.
+
+    Args:
+        model: as for `attention_maps`, accelerated or not; put it into evaluation mode.
+        pixels: `[B, C, H, W]`, as for `attention_maps`.
+        target: index of the class in the model's logits `[B, classes]` (its first output); one for all images or one
+            each; None for each image's best. Or a function from what the model returns to the number that is explained,
+            one per image or their sum, such as a similarity with a text.
+        method, discard_ratio: see `rollout`.
+
+    Returns:
+        `[B, rows, cols]` float64, not negative, see `rollout`.
+
+    Raises:
+        ValueError: attention of the model is not known here or masked, or `target` or an option does not fit.
+    """
+    _check_rollout(method, discard_ratio)
+    attentions = _attentions(model)
+    caught: list[list[tuple[Tensor, Tensor]]] = [[] for _ in attentions]
+
+    def explicit(attention: _Attention, into: list[Any]) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            x = _input(attention, args, kwargs)
+            out, probabilities = _explicit(attention.view, x)
+            into.append((x, probabilities))
+            return (out, *output[1:]) if isinstance(output, tuple) else out
+
+        return hook
+
+    # whoever calls may be in inference mode, whose tensors cannot be differentiated
+    with _hooks() as handles, torch.inference_mode(False), torch.enable_grad():
+        for attention, into in zip(attentions, caught, strict=True):
+            handles.append(attention.module.register_forward_hook(explicit(attention, into), with_kwargs=True))
+        output = model(pixels.clone() if pixels.is_inference() else pixels)
+        inputs = [_once(attention, into) for attention, into in zip(attentions, caught, strict=True)]
+        probabilities = [p for _, p in inputs]
+        # still under the hooks, as activation checkpointing runs parts of the forward again
+        gradients = torch.autograd.grad(_explained(output, target), probabilities)
+    weighted = [(p.detach() * g).mean(dim=1).clamp(min=0.0) for p, g in zip(probabilities, gradients, strict=True)]
+    layout = _layout(model, pixels, inputs[0][0])
+    maps = AttentionMaps(tuple(weighted), tuple(range(len(weighted))), *layout)
+    return rollout(maps, method=method, discard_ratio=discard_ratio)
+
+
+def _explicit(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """An attention's output `[B, N, D]` by way of its probabilities `[B, h, N, N]`, which gradients are asked of."""
+    probabilities = _probabilities(attention, x, "all")
+    if not probabilities.requires_grad:
+        # nothing in front of it is trained
+        probabilities.requires_grad_()
+    if isinstance(attention, FusedSplitAttention):
+        v = attention.v_proj(x).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+    else:
+        v = attention.heads(attention.qkv(x))[2]
+    out = (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return attention.project(attention.merged(out), None, None), probabilities
+
+
+def _explained(output: Any, target: Target) -> Tensor:
+    """The number that is differentiated."""
+    if callable(target) and not isinstance(target, Tensor):
+        score = target(output)
+        if not isinstance(score, Tensor) or score.ndim > 1:
+            raise ValueError(f"target returned {_shape(score)}; expected one number, or one per image")
+        return score.sum()
+    if isinstance(output, dict):
+        output = next(iter(output.values()))
+    logits = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ValueError(
+            f"the model returns {_shape(logits)}; expected logits [B, classes], or a function as target that picks the "
+            "number to explain"
+        )
+    count, classes = logits.shape
+    chosen = logits.argmax(dim=-1) if target is None else torch.as_tensor(target, device=logits.device)
+    fits = chosen.shape in ((), (count,)) and not chosen.is_floating_point()
+    if not fits or chosen.min() < 0 or chosen.max() >= classes:
+        raise ValueError(f"target={target!r}; expected one class or {count}, from 0 to {classes - 1}")
+    return logits.gather(1, chosen.expand(count)[:, None]).sum()
+
+
+def _shape(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 # dark to light in equal steps of lightness, so that the picture reads in grey too
@@ -259,3 +486,27 @@ def overlay(image: Image.Image, values: Tensor | np.ndarray, *, alpha: float = 0
     photo = np.asarray(image.convert("RGB"), dtype=np.float32)
     mixed = (1.0 - alpha) * photo + alpha * colourise(enlarged)
     return Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8))
+
+
+def sheet(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures with a label above each, in a grid that is about as wide as high.
+
+    Args:
+        panels: label and picture; all pictures of one size.
+
+    Raises:
+        ValueError: there is no panel.
+    """
+    if not panels:
+        raise ValueError("a sheet needs at least one panel")
+    font = ImageFont.load_default(14)
+    width, height = panels[0][1].size
+    columns, gap, line = math.ceil(math.sqrt(len(panels))), 6, 20
+    lines = -(-len(panels) // columns)
+    picture = Image.new("RGB", (columns * (width + gap) + gap, lines * (line + height + gap) + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (label, panel) in enumerate(panels):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (line + height + gap)
+        draw.text((x, y + line // 2 - 1), label, fill="black", font=font, anchor="lm")
+        picture.paste(panel, (x, y + line))
+    return picture
