@@ -10,7 +10,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
+
+MODEL_HELP = (
+    "one of vitfast.list_models(); timm:NAME, torchvision:NAME, open_clip:NAME or transformers:NAME; a folder that "
+    "Transformers wrote"
+)
 
 EPILOGUE = """\
 exit status:
@@ -115,7 +120,7 @@ def _parser() -> _Parser:
         "torch's own error in the same precision. Exit status 1 when the tolerance rule is broken.",
         parents=[common, _shared("the seeded weights and pixels", "what to test (default fp32)")],
     )
-    parity.add_argument("model", metavar="MODEL", help="one of vitfast.list_models(), or a timm name (timm:NAME)")
+    parity.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parity.add_argument("--batch", type=_positive, default=2, help="number of images (default %(default)s)")
     parity.add_argument("--img-size", type=_positive, metavar="N", help="image size (default: the model's own)")
     parity.add_argument("--all", action="store_true", help="one line per module instead of one per kind")
@@ -199,9 +204,7 @@ def _parser() -> _Parser:
     tune.add_argument(
         "--budget", type=_seconds, default=600.0, metavar="SECONDS", help="for all of it (default %(default)g)"
     )
-    tune.add_argument(
-        "--out", metavar="DIR", help="instead of the user's folder, such as kernels/configs of a clone"
-    )
+    tune.add_argument("--out", metavar="DIR", help="instead of the user's folder, such as kernels/configs of a clone")
     tune.add_argument("--device", help="such as cuda:1 (default: cuda)")
     tune.set_defaults(run=_tune)
     return parser
@@ -229,17 +232,18 @@ def _demo(options: argparse.Namespace) -> int:
 def _parity(options: argparse.Namespace) -> int:
     import torch
 
+    from .libraries import has_weights, image_shape
     from .parity import build_model, parity, pick_device
 
     device = pick_device(options.device)
     model = build_model(options.model, options.weights, img_size=options.img_size, seed=options.seed).to(device)
-    stem: Any = next((module.patch_embed for module in model.modules() if hasattr(module, "patch_embed")), None)
-    if stem is None:
-        raise ValueError(f"{options.model} is no Vision Transformer with a patch embedding")
-    size = stem.img_size if isinstance(stem.img_size, tuple) else (options.img_size or 224,) * 2
+    channels, *size = image_shape(model)
+    if options.img_size:
+        size = [options.img_size] * 2
     generator = torch.Generator().manual_seed(options.seed)
-    pixels = torch.randn(options.batch, stem.proj.in_channels, *size, generator=generator).to(device)
-    source = f"weights of {options.weights}" if options.weights else f"seeded random weights (seed {options.seed})"
+    pixels = torch.randn(options.batch, channels, *size, generator=generator).to(device)
+    trained = options.weights or (options.model if has_weights(options.model) else None)
+    source = f"weights of {trained}" if trained else f"seeded random weights (seed {options.seed})"
     result = parity(model, pixels, options.precision or "fp32")
     shape = "x".join(map(str, result.shape))
     print(f"{options.model}, {source}, {result.precision} on {result.device}, random pixels {shape}")

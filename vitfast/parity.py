@@ -10,6 +10,7 @@ result's scale, since torch can happen to be exact. It is flash-attention's rule
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .accelerate import accelerate, restore
 from .adapters import match
 from .architectures import create_model, list_models
 from .layers import FusedBlock, FusedLayer
+from .libraries import build, has_weights, library_of, tower
 from .precision import get_precision
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -309,58 +311,47 @@ def seed_weights(model: Model, seed: int = 0) -> Model:
 def build_model(
     name: str, weights: str | Path | None = None, *, img_size: int | None = None, seed: int = 0
 ) -> nn.Module:
-    """The model of a name in evaluation mode, with weights from a file or seeded ones.
+    """The model of a name in evaluation mode, with weights from a file or a folder, or seeded ones.
+
+    Of a model that takes text too it is the part that takes pixels.
 
     Args:
-        name: one of `vitfast.list_models()`, or a timm name, with `timm:` in front where both have it.
-        weights: checkpoint file; None for `seed_weights`.
+        name: one of `vitfast.list_models()`; a timm name, with `timm:` in front where both have it; `torchvision:NAME`,
+            `open_clip:NAME` or `transformers:NAME`; a folder that Transformers wrote, or a name of its hub.
+        weights: checkpoint file, for vitfast's and timm's models; None for `seed_weights`, except where a folder or a
+            hub has weights.
         img_size: native image size, default the named one.
         seed: for the seeded weights.
 
     Raises:
         ValueError: nobody has a model of that name, or weights or size do not fit it.
         FileNotFoundError: there is no such weights file.
-        ImportError: timm is asked for and is not installed, or does not import.
+        ImportError: a library is asked for and is not installed, or does not import.
     """
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     ours = name in list_models()
+    library = None if ours else library_of(name)
     model: nn.Module
     if ours and weights is None:
         # every value is about to be replaced, and drawing the first ones takes longer than all the rest
         with torch.device("meta"):
             model = create_model(name, **options)
         model.to_empty(device="cpu")
-    elif ours or not (name.startswith("timm:") or _timm_has(name)):
+    elif library is None:
         # for an unknown name this raises, with the close ones
         model = create_model(name, weights, **options)
+    elif weights is None:
+        model = tower(build(name, img_size))
+        if has_weights(name):
+            return model.eval()
     else:
-        if weights is not None and not Path(weights).is_file():
+        if not Path(weights).is_file():
             raise FileNotFoundError(f"there is no weights file {str(weights)!r}")
-        timm = _import_timm()
-        plain_name = name.removeprefix("timm:")
-        if not timm.is_model(plain_name):
-            close = ", ".join(timm.list_models(f"*{plain_name.split('.')[0]}*")[:4]) or "none is close"
-            raise ValueError(f"timm has no model {plain_name!r}; close matches: {close}")
-        model = timm.create_model(plain_name, checkpoint_path="" if weights is None else str(weights), **options)
+        if library != "timm":
+            raise ValueError(f"weights: a file is read for vitfast's and timm's models, not for {name!r}")
+        model = build(name, img_size)
+        importlib.import_module("timm.models").load_checkpoint(model, str(weights))
     return (seed_weights(model, seed) if weights is None else model).eval()
-
-
-def _import_timm() -> Any:
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ImportError(f'this needs {error.name}; pip install "vitfast[timm]"') from error
-    # torchvision's native half, which timm imports, raises RuntimeError or OSError where it does not fit torch
-    except (ImportError, RuntimeError, OSError) as error:
-        raise ImportError(f"timm is installed but does not import: {error}; `vitfast doctor` may say why") from error
-    return timm
-
-
-def _timm_has(name: str) -> bool:
-    try:
-        return bool(_import_timm().is_model(name))
-    except ImportError:
-        return False
 
 
 @contextmanager
