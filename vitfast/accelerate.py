@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import attention_backends
 from .adapters import Match, match
 from .graphs import STATE, Graphs, attach, detach, memory_bound
 from .kernels import release
@@ -48,12 +49,14 @@ class Report:
         precision: name of the policy the model was cast to, or None.
         measured: what `accelerate(example=...)` measured, decision by decision; empty without it.
         graphs: of `accelerate(cuda_graph=...)`: what is captured, and why the rest is not, in a sentence each.
+        attention: the backend that `accelerate(attention=...)` chose.
     """
 
     rows: tuple[Row, ...]
     precision: str | None = None
     measured: tuple[Figure, ...] = ()
     graphs: tuple[str, ...] = ()
+    attention: str = "auto"
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -82,7 +85,8 @@ class Report:
         figures = [f"measured, {figure}" for figure in self.measured]
         graphs = [f"cuda graphs: {note}" for note in self.graphs]
         precision = f", precision {self.precision}" if self.precision else ""
-        return "\n".join([*lines, summary + precision, *figures, *graphs])
+        attention = f", attention {self.attention}" if self.attention != "auto" else ""
+        return "\n".join([*lines, summary + precision + attention, *figures, *graphs])
 
 
 def _collapse(names: list[str]) -> str:
@@ -103,6 +107,7 @@ class _State:
     compiled: bool = False
     choice: Choice | None = None
     graphs: Graphs | None = None
+    attention: str = "auto"
 
 
 def _matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
@@ -134,7 +139,8 @@ def report(model: nn.Module) -> Report:
     state = vars(model).get(STATE)
     precision = state.precision.name if state and state.precision else None
     measured = state.choice.figures if state and state.choice else ()
-    return Report(tuple(rows), precision, measured, tuple(state.graphs.notes()) if state and state.graphs else ())
+    graphs = tuple(state.graphs.notes()) if state and state.graphs else ()
+    return Report(tuple(rows), precision, measured, graphs, state.attention if state else "auto")
 
 
 def accelerate(
@@ -143,6 +149,7 @@ def accelerate(
     precision: str | None = None,
     only: Collection[str] | None = None,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    attention: str | None = None,
     example: Tensor | None = None,
     compile: bool = False,
     cuda_graph: bool | int = False,
@@ -167,6 +174,10 @@ def accelerate(
             model's). The model then takes uint8 pixels `[B, C, H, W]` too, 0 to 255, and the patch-embed kernel
             normalises them. NCHW and channels_last are read in place, so an NHWC batch goes in as
             `batch.permute(0, 3, 1, 2)`. Floating-point pixels mean what they did. A further call replaces the numbers.
+        attention: who computes attention in the modules that are replaced: "auto" (our kernel, or torch where the tuned
+            table says so), "triton" (our kernel), "sdpa" (torch), "flash_attn" or "xformers" (those libraries). What a
+            backend does not take (a device, dtype, head dim or bias) is an error when the model runs; modules that run
+            their original forward, and masked attention, do not ask it. None leaves it as it is, "auto" at first.
         example: a batch of pixels on the model's device. With it, what is selected is measured first, in this model, in
             inference and without a compiler, in about 10 seconds: kinds without which the model is faster are left
             out, a GEMM or attention that torch does faster goes to torch, and nothing is replaced if the plain model
@@ -183,10 +194,11 @@ def accelerate(
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`, or a scripted one.
-        ValueError: an unknown precision or kind; with `strict`, the modules that cannot be replaced and why; a model
-            that was cast to another precision before; an `example` that the model cannot take, or for a model that is
-            accelerated already; `normalize` with wrong numbers, without a patch embedding that
-            is replaced, or for a model of Transformers, which casts pixels before any of its modules sees them; a
+        ImportError: the library of the `attention` backend is missing.
+        ValueError: an unknown precision, kind or attention backend; with `strict`, the modules that cannot be replaced
+            and why; a model that was cast to another precision before; an `example` that the model cannot take, or for
+            a model that is accelerated already; `normalize` with wrong numbers, without a patch embedding that is
+            replaced, or for a model of Transformers, which casts pixels before any of its modules sees them; a
             `cuda_graph` that bounds nothing.
     """
     _check_model(model)
@@ -194,6 +206,8 @@ def accelerate(
     max_mib = memory_bound(cuda_graph)
     policy = None if precision is None else get_precision(precision)
     state: _State = vars(model).get(STATE) or _State()
+    backend = state.attention if attention is None else attention
+    attention_backends.require(backend)
     if policy and state.precision and policy != state.precision:
         raise ValueError(
             f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}"
@@ -212,7 +226,7 @@ def accelerate(
         if any(isinstance(module, FusedLayer) for module in model.modules()):
             raise ValueError("example: the model is accelerated already; restore it first, as it is timed without that")
         kinds = [kind for kind in KINDS if kind in selected]
-        state.choice = select(model, example, kinds, precision=precision, cuda_graph=cuda_graph)
+        state.choice = select(model, example, kinds, precision=precision, cuda_graph=cuda_graph, attention=backend)
         selected = frozenset(state.choice.kinds)
         found = [match for match in found if selected.intersection(_serves(match[2]))]
     embeds = [] if normalize is None else _uint8_embeds(model, found, normalize)
@@ -236,6 +250,10 @@ def accelerate(
         for module in model.modules():
             if isinstance(module, FusedLayer):
                 module.tf32 = state.precision.tf32
+    state.attention = backend
+    for module in model.modules():
+        if isinstance(module, FusedLayer) and module.kind == "attention":
+            module.attention_backend = backend
     if state.graphs:
         max_mib = max_mib or state.graphs.max_mib
         detach(model, state.graphs)
@@ -244,7 +262,7 @@ def accelerate(
         state.compiled = True
     if max_mib:
         state.graphs = attach(model, max_mib)
-    if state.precision or state.compiled or state.choice or state.graphs:
+    if state != _State():
         model.__dict__[STATE] = state
     return model
 
@@ -273,7 +291,7 @@ def restore(model: Model) -> Model:
         # a class made around the fused one (FSDP's, a parametrisation's) is its maker's to undo
         replaces = vars(type(module)).get("replaces")
         if isinstance(module, FusedLayer) and replaces is not None:
-            for name in ("tf32", "fold", "tail"):
+            for name in ("tf32", "attention_backend", "fold", "tail"):
                 module.__dict__.pop(name, None)
             if isinstance(module, FusedModel):
                 for parameter in module.parameters():

@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import kernels
+from . import attention_backends, kernels
 
 KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail")
 
@@ -115,11 +115,13 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         kind: one of `KINDS`, or "model".
         replaces: the class in whose place it stands.
         tf32: lets fp32 products run in tf32 on CUDA (precision "tf32").
+        attention_backend: who computes attention, one of `vitfast.attention_backends.BACKENDS`.
     """
 
     kind: ClassVar[str]
     replaces: ClassVar[type[nn.Module]]
     tf32: bool = False
+    attention_backend: str = "auto"
 
     def limits(self) -> list[str]:
         """What this layer leaves to the original's modules at present, one sentence each."""
@@ -233,12 +235,16 @@ class FusedAttention(FusedLayer):
     def core(self, qkv: Tensor) -> Tensor:
         """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
         if plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity):
-            return self.merged(kernels.attention_qkv(qkv, self.num_heads, self.scale, tf32=self.tf32))
+            backend = self.attention_backend
+            out = attention_backends.attention_qkv(qkv, self.num_heads, self.scale, tf32=self.tf32, backend=backend)
+            return self.merged(out)
         return self.mixed(*self.heads(qkv))
 
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[B, H, N, d]` thrice to `[B, N, H * d]`."""
-        return self.merged(kernels.attention(q, k, v, self.scale, tf32=self.tf32).transpose(1, 2).flatten(2))
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[B, H, N, d]` thrice to `[B, N, H * d]`; the bias is added to the scaled scores."""
+        backend = self.attention_backend
+        out = attention_backends.attention(q, k, v, self.scale, bias, tf32=self.tf32, backend=backend)
+        return self.merged(out.transpose(1, 2).flatten(2))
 
     def whole(self) -> bool:
         """Whether `first` may stand for `core`: no token's query is treated by where it stands."""

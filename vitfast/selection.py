@@ -82,6 +82,7 @@ def select(
     *,
     precision: str | None,
     cuda_graph: bool | int = False,
+    attention: str = "auto",
     budget_s: float = BUDGET_S,
 ) -> Choice:
     """Measure, or look up, which kinds of replacement win for a model.
@@ -92,6 +93,7 @@ def select(
         kinds: to choose from.
         precision: as `accelerate` takes it.
         cuda_graph: as `accelerate` takes it; with it every candidate is timed as a graph, the plain model too.
+        attention: as `accelerate` takes it; with another than "auto" it has no route to choose.
         budget_s: seconds for all of it.
 
     Raises:
@@ -103,11 +105,11 @@ def select(
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if devices - {example.device}:
         raise ValueError(f"example is on {example.device}, the model on {', '.join(sorted(map(str, devices)))}")
-    key = _key(model, example, kinds, precision, bool(cuda_graph))
+    key = _key(model, example, kinds, precision, bool(cuda_graph), attention)
     path = _path(example.device)
     if (known := _read(path).get(key)) is not None:
         return Choice(tuple(known["kinds"]), known["library"], tuple(Figure(**figure) for figure in known["figures"]))
-    choice = _measure(model, example, tuple(kinds), precision, cuda_graph, budget_s)
+    choice = _measure(model, example, tuple(kinds), precision, cuda_graph, attention, budget_s)
     _write(path, key, choice)
     return choice
 
@@ -118,6 +120,7 @@ def _measure(
     kinds: tuple[str, ...],
     precision: str | None,
     cuda_graph: bool | int,
+    attention: str,
     budget_s: float,
 ) -> Choice:
     from . import accelerate
@@ -134,7 +137,7 @@ def _measure(
     def with_kinds(selected: Collection[str]) -> Callable[[int], Any]:
         twin = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
         if selected or cuda_graph:
-            accelerate(twin, only=selected, precision=precision, cuda_graph=cuda_graph)
+            accelerate(twin, only=selected, precision=precision, cuda_graph=cuda_graph, attention=attention)
 
         def run(i: int) -> Any:
             with torch.inference_mode():
@@ -174,7 +177,7 @@ def _measure(
     library: dict[str, tuple[str, ...]] = {}
     heard = _heard(with_kinds(kept)) if kept and (device.type == "cuda" or INTERPRET) else {}
     for op, launch in heard:
-        if op not in ROUTES or not _has_library(op, launch):
+        if op not in ROUTES or not _has_library(op, launch) or (op == "attention" and attention != "auto"):
             continue
         routes = [asdict(replace(heard[op, launch], library=library_too)) for library_too in (False, True)]
         # a model for each route: a graph keeps the one under which it was captured
@@ -241,7 +244,14 @@ def _path(device: torch.device) -> Path:
     return _config.user_folder() / "choices" / _config.file_name(_config._device_name(device) or cpu_name())
 
 
-def _key(model: nn.Module, example: Tensor, kinds: Collection[str], precision: str | None, cuda_graph: bool) -> str:
+def _key(
+    model: nn.Module,
+    example: Tensor,
+    kinds: Collection[str],
+    precision: str | None,
+    cuda_graph: bool,
+    attention: str,
+) -> str:
     """A digest of all that decides what is faster, but the device."""
     from . import __version__
     from .benchmarks.measure import versions
@@ -254,7 +264,7 @@ def _key(model: nn.Module, example: Tensor, kinds: Collection[str], precision: s
     batch = (list(example.shape), list(example.stride()), str(example.dtype))
     software = (__version__, versions())
     threads = torch.get_num_threads() if example.device.type == "cpu" else 0
-    decides = (SCHEMA, software, threads, sorted(kinds), precision, cuda_graph, batch, modules, tensors)
+    decides = (SCHEMA, software, threads, sorted(kinds), precision, cuda_graph, attention, batch, modules, tensors)
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 

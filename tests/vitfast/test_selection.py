@@ -127,7 +127,9 @@ def test_a_second_call_measures_nothing(build, clock, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["batch", "size", "dtype", "depth", "precision", "only", "threads", "hooks", "graph"], ids=str
+    "change",
+    ["batch", "size", "dtype", "depth", "precision", "only", "threads", "hooks", "graph", "attention"],
+    ids=str,
 )
 def test_anything_that_decides_speed_is_measured_anew(clock, change):
     vitfast.accelerate(reference(), example=images(*X))
@@ -148,6 +150,8 @@ def test_anything_that_decides_speed_is_measured_anew(clock, change):
         options = {"only": {"mlp"}}
     elif change == "graph":
         options = {"cuda_graph": True}
+    elif change == "attention":
+        options = {"attention": "sdpa"}
     elif change == "threads":
         torch.set_num_threads(threads + 1)
     else:

@@ -42,8 +42,7 @@ class FusedReferenceAttention(layers.FusedAttention, model.Attention):
         if self.rel_pos_embed is None:
             return super().core(qkv)
         q, k, v = self.heads(qkv)
-        bias = self.relative_logits(q, self.rel_pos_embed)
-        return kernels.attention(q, k, v, self.scale, bias, tf32=self.tf32).transpose(1, 2).flatten(2)
+        return self.mixed(q, k, v, self.relative_logits(q, self.rel_pos_embed))
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `FusedAttention.query_key`, with the relative logits."""
