@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.layers import Attention, LayerNorm, LayerNormFp32, Mlp, RmsNorm, SwiGLU, SwiGLUPacked, set_fused_attn
 from timm.models import vision_transformer
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vitfast
 from tests.vitfast._models import (
+    TINY,
     assert_same,
     check,
     fused_names,
@@ -512,3 +518,256 @@ def test_a_patch_embedding_of_another_layout_is_declined():
     fused = vitfast.accelerate(copy.deepcopy(plain))
     assert kept_reasons(fused) == {"": "hands out NCHW; the kernel NLC or NHWC"}
     assert_same(plain, fused, images(2, 3, 32, 32))
+
+
+def beit(separate: bool = False, **changes: Any) -> nn.Module:
+    """timm's `Beit` with a table in each block; with `separate`, biases are added behind the qkv layer."""
+    options = {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 0.1}
+    model = randomise(Beit(**{**TINY, **options, **changes}))
+    for block in model.blocks:
+        block.attn.qkv_bias_separate = separate
+        if block.attn.k_bias is not None:
+            # zero in practice, yet it is what timm adds
+            block.attn.k_bias.copy_(images(48, seed=5))
+    return model.eval()
+
+
+BEIT = {
+    "table": {},
+    "shared": {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    "table and shared": {"use_shared_rel_pos_bias": True},
+    "no bias": {"use_rel_pos_bias": False},
+    "positions, class token": {"use_abs_pos_emb": True, "global_pool": "token"},
+    "no LayerScale": {"init_values": None},
+    "no biases of q and v": {"qkv_bias": False},
+    "biases apart": {"separate": True},
+    "SwiGLU": {"swiglu_mlp": True},
+    "scale_mlp": {"scale_mlp": True},
+    "no pool": {"global_pool": "", "num_classes": 0},
+}
+
+BEIT_DROPOUTS = {
+    "pos_drop": {"pos_drop_rate": 0.3},
+    "proj_drop": {"proj_drop_rate": 0.3},
+    "attn_drop": {"attn_drop_rate": 0.3},
+    "drop_path": {"drop_path_rate": 0.5},
+    "all, no LayerScale": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_path_rate": 0.4, "init_values": None},
+}
+
+
+@pytest.mark.parametrize("option", BEIT)
+def test_beit(option):
+    fused = check(beit, images(2, 3, 24, 32), **BEIT[option])
+    assert fused_names(fused)["blocks.1"] == "FusedTimmBeitBlock"
+    assert fused_names(fused)["blocks.1.attn"] == "FusedTimmBeitAttention"
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("option", BEIT_DROPOUTS)
+def test_beit_dropout(option, train):
+    check(beit, images(4, 3, 24, 32), train=train, **BEIT_DROPOUTS[option])
+
+
+def test_beit_reads_the_table_inside_the_kernel(monkeypatch):
+    model = vitfast.accelerate(beit())
+    x = images(2, 3, 24, 32)
+    expected = model(x)
+    for block in model.blocks:
+        monkeypatch.setattr(type(block.attn), "_get_rel_pos_bias", None)
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        model.blocks[0].attn.relative_position_bias_table.neg_()
+    assert not torch.allclose(model(x), expected), "the table has no effect"
+
+
+def test_beit_of_another_size():
+    plain = beit(use_shared_rel_pos_bias=True)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    for model in (plain, fused):
+        model.set_input_size(img_size=(16, 48))
+    assert_same(plain, fused, images(2, 3, 16, 48))
+
+
+def eva(**changes: Any) -> nn.Module:
+    """timm's `Eva` with rotated tokens, heads 16 wide."""
+    model = randomise(Eva(**{**TINY, "embed_dim": 64, "use_rot_pos_emb": True, **changes}))
+    for module in model.modules():
+        if getattr(module, "k_bias", None) is not None:
+            module.k_bias.copy_(images(64, seed=5))
+    return model.eval()
+
+
+EVA = {
+    "rotated": {},
+    "no rotation": {"use_rot_pos_emb": False},
+    "no positions but rotation": {"use_abs_pos_emb": False},
+    "mixed": {"rope_type": "mixed"},
+    "dinov3": {"rope_type": "dinov3", "rope_rotate_half": True},
+    "three layers": {"qkv_fused": False},
+    "three layers, no biases": {"qkv_fused": False, "qkv_bias": False},
+    "no biases": {"qkv_bias": False},
+    "LayerScale": {"init_values": 0.3},
+    "LayerScale of attention": {"init_values": 0.3, "attn_only_layer_scale": True},
+    "both scale norms, SwiGLU": {"swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True},
+    "GluMlp": {"swiglu_mlp": True},
+    "qk_norm": {"qk_norm": True},
+    "AttentionRope": {"attn_type": "rope"},
+    "AttentionRope, three layers, qk_norm": {"attn_type": "rope", "qkv_fused": False, "qk_norm": True},
+    "grouped queries": {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 2},
+    "registers": {"num_reg_tokens": 3, "no_embed_class": True},
+    "no prefix": {"class_token": False},
+    "norm before, class token": {"use_pre_transformer_norm": True, "global_pool": "token"},
+    "map pool": {"global_pool": "map"},
+    "norm behind": {"use_post_norm": True},
+}
+
+
+@pytest.mark.parametrize("option", EVA)
+def test_eva(option):
+    fused = check(eva, images(2, 3, 24, 32), **EVA[option])
+    names = fused_names(fused)
+    kind = "FusedTimmAttentionRope" if "AttentionRope" in option else "FusedTimmEvaAttention"
+    assert names.get("blocks.1.attn") == (None if option == "grouped queries" else kind)
+    assert names.get("blocks.1") == (None if option == "norm behind" else "FusedTimmEvaBlock")
+
+
+DECLINED_EVA = {
+    "norm behind": ("blocks.0", "not the plain pre-norm block"),
+    "grouped queries": ("blocks.0.attn", "grouped-query attention: k and v have fewer heads than q"),
+    "both scale norms, SwiGLU": ("blocks.0.mlp", "gated MLP: no kernel has its gate in an epilogue"),
+    "map pool": ("attn_pool", "attention pooling has one query and is not worth a kernel"),
+}
+
+
+@pytest.mark.parametrize("option", DECLINED_EVA)
+def test_what_eva_declines_is_reported(option):
+    name, reason = DECLINED_EVA[option]
+    assert kept_reasons(vitfast.accelerate(eva(**EVA[option])))[name] == reason
+
+
+def test_gated_eva_attention_is_declined():
+    plain = eva()
+    for block in plain.blocks:
+        block.attn = EvaAttention(64, 4, norm_layer=LayerNorm, gated=True)
+    fused = vitfast.accelerate(copy.deepcopy(randomise(plain).eval()))
+    assert kept_reasons(fused)["blocks.0.attn"] == "gated attention"
+    assert_same(plain, fused, images(2, 3, 24, 32))
+
+
+@pytest.mark.parametrize("option", ["rotated", "mixed"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_eva_dropout(option, train):
+    rates = {"proj_drop_rate": 0.2, "drop_path_rate": 0.4, "pos_drop_rate": 0.2, "patch_drop_rate": 0.3}
+    check(eva, images(4, 3, 24, 32), train=train, **rates, **EVA[option])
+    check(eva, images(4, 3, 24, 32), train=train, attn_drop_rate=0.3, **EVA[option])
+
+
+def test_eva_dynamic_image_size():
+    check(eva, images(2, 3, 48, 16), dynamic_img_size=True)
+
+
+@pytest.mark.parametrize("mask", ["bool mask", "additive mask", "causal", "masked attention"])
+def test_eva_masks(mask):
+    check(eva, images(2, 3, 24, 32), MASKS[mask], init_values=0.3)
+
+
+def test_hybrids_keep_their_stem():
+    fused = check(
+        partial(timm_model, "vit_small_r26_s32_224"),
+        images(1, 3, 64, 64),
+        embed_dim=48,
+        num_heads=4,
+        depth=2,
+        img_size=64,
+        num_classes=5,
+    )
+    assert kept_reasons(fused)["patch_embed"] == "convolutional stem: the kernel embeds pixels"
+    assert fused_names(fused)[""] == "FusedTimmVisionTransformer"
+    assert fused_names(fused)["blocks.1"] == "FusedTimmBlock"
+
+
+FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "BEiT": (beit, {}),
+    "BEiT, shared": (beit, {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
+    "EVA": (eva, {"scale_mlp": True, "swiglu_mlp": True}),
+    "EVA, three layers": (eva, {"qkv_fused": False, "init_values": 0.3}),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> tuple[nn.Module, nn.Module]:
+    build, changes = FAMILIES[request.param]
+    plain = build(**changes)
+    return plain, vitfast.accelerate(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if name.startswith("forward") and name.count(",") < 1])
+def test_feature_interfaces_of_other_families(family, call):
+    assert_same(*family, images(2, 3, 24, 32), CALLS[call])
+
+
+def test_features_only_of_other_families():
+    def build(name):
+        return timm_model(name, img_size=64, depth=2, embed_dim=64, num_heads=4, features_only=True, out_indices=(0, 1))
+
+    for name in ("beit_base_patch16_224", "eva02_base_patch16_clip_224"):
+        fused = check(partial(build, name), images(1, 3, 64, 64))
+        assert {"FusedTimmBeitBlock", "FusedTimmEvaBlock"} & set(fused_names(fused).values())
+
+
+def test_gradient_checkpointing_of_other_families(family):
+    for model in family:
+        model.set_grad_checkpointing(True)
+    assert_same(*family, images(4, 3, 24, 32), train=True)
+
+
+def hook_all(model: nn.Module) -> list[tuple[str, tuple[Any, ...], dict[str, Any], Any]]:
+    """Give every module a hook; what they see is appended to the list."""
+    seen: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda m, args, kwargs, out, name=name: seen.append((name, args, kwargs, out)), with_kwargs=True
+        )
+    return seen
+
+
+def test_hooks_of_other_families_see_the_same(family):
+    plain, fused = family
+    expected, actual = hook_all(plain), hook_all(fused)
+    with torch.no_grad():
+        for model in family:
+            model(images(2, 3, 24, 32))
+    assert [name for name, *_ in actual] == [name for name, *_ in expected]
+    assert len(actual) > 25
+    for (name, *a), (_, *e) in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_copies_of_other_families(family):
+    plain, fused = family
+    x = images(2, 3, 24, 32)
+    assert plain.state_dict().keys() == fused.state_dict().keys()
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert fused_names(other) == fused_names(fused)
+        torch.testing.assert_close(other(x), fused(x))
+    fused.load_state_dict(plain.state_dict())
+    plain.load_state_dict(fused.state_dict())
+    assert_same(plain, fused, x)
+
+
+def test_one_graph_of_other_families(family):
+    plain, fused = family
+    x = images(2, 3, 24, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_of_other_families(family):
+    x = images(2, 3, 24, 32)
+    with torch.no_grad():
+        exact = copy.deepcopy(family[0]).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, fused = (model(x) for model in family)
+    assert fused.dtype == plain.dtype
+    assert (fused.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
