@@ -8,6 +8,8 @@ queries and keys, and their norms are then applied to that input once more.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .adapters import match
-from .layers import FusedAttention, FusedBlock, FusedSplitAttention, face
+from .layers import FusedAttention, FusedBlock, face
 
 HEADS = ("mean", "max", "min")
 ROWS = ("all", "cls")
@@ -106,7 +108,12 @@ def _attentions(model: nn.Module) -> list[_Attention]:
             found.append(_Attention(name, module, face(kind, module), block))
     known = tuple({attention.view.replaces for attention in found})
     # one of the same class is a layer that the count would miss; another class pools
-    missing = [f"{name}: {why}" for name, module, why in declined if not found or isinstance(module, known)]
+    missing = [
+        f"{name}: {why}"
+        for name, module, why in declined
+        # an nn.MultiheadAttention without this weight has keys of another width than its queries
+        if not found or (isinstance(module, known) and getattr(module, "in_proj_weight", module) is not None)
+    ]
     if missing:
         raise ValueError(f"{type(model).__name__} has attention that attention maps do not know: {'; '.join(missing)}")
     if not found:
@@ -126,28 +133,58 @@ def _hooks() -> Iterator[list[Any]]:
             handle.remove()
 
 
-def _input(attention: _Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tokens among the arguments of an attention or its block."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    # nn.MultiheadAttention is given the same tensor as query, key and value
-    others = [tensor for tensor in tensors[1:] if tensor is not tensors[0]]
-    if others or kwargs.get("is_causal") or getattr(attention.module, "is_causal", False):
+# the tokens that an attention is called with, and what else `query_key` wants, by name; None where it is called with
+# keys of another sequence
+_Given = tuple[Tensor, dict[str, Tensor]] | None
+
+
+def _given(attention: _Attention, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given:
+    # more arguments than names: the rest is of no known meaning, and refused below
+    names = itertools.chain(inspect.signature(called.forward).parameters, map(str, itertools.count()))
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    x = next(iter(tensors.values()))
+    # nn.MultiheadAttention is given its tokens three times
+    others = {name: tensor for name, tensor in tensors.items() if tensor is not x}
+    if _may_cross(attention) and "key" in others:
+        return None
+    unknown = others.keys() - inspect.signature(attention.view.query_key).parameters.keys()
+    if unknown or kwargs.get("is_causal") or getattr(attention.module, "is_causal", False):
         raise ValueError(
-            f"{attention.name} is called with a mask, or another tensor beside its input; attention maps are made of "
-            "unmasked attention only"
+            f"{attention.name} is called with a mask ({', '.join(sorted(unknown)) or 'is_causal'}); attention maps are "
+            "made of unmasked attention only"
         )
-    return tensors[0]
+    return x, others
 
 
-def _once(attention: _Attention, caught: list[Any]) -> Any:
-    if len(caught) != 1:
-        raise ValueError(f"{attention.name} ran {len(caught)} times in one forward; expected once")
-    return caught[0]
+def _may_cross(attention: _Attention) -> bool:
+    """Whether only its calls show if it attends to its own tokens, or pools those of others."""
+    return isinstance(attention.module, nn.MultiheadAttention)
 
 
-def _probabilities(attention: Any, x: Tensor, rows: str) -> Tensor:
+def _caught(by_attention: dict[_Attention, list[Any]]) -> dict[_Attention, Any]:
+    """What one forward gave, of the attentions that attend to their own tokens."""
+    for attention, calls in by_attention.items():
+        if len(calls) != 1:
+            raise ValueError(f"{attention.name} ran {len(calls)} times in one forward; expected once")
+    caught = {attention: call for attention, (call,) in by_attention.items() if call is not None}
+    if not caught:
+        raise ValueError(
+            f"{next(iter(by_attention)).name} attends to other tokens than its own; expected self-attention"
+        )
+    return caught
+
+
+def _indices(layers: Sequence[int] | None, count: int) -> list[int]:
+    wanted = range(count) if layers is None else layers
+    if not wanted or not all(-count <= i < count for i in wanted):
+        raise ValueError(f"layers={list(wanted)}; expected indices from {-count} to {count - 1}")
+    return [i % count for i in wanted]
+
+
+def _probabilities(attention: Any, x: Tensor, given: dict[str, Tensor], rows: str) -> Tensor:
     """softmax(scale q k^T + bias) of normed tokens `[B, N, D]`: `[B, h, N, N]`, or `[B, h, N]` of the first token."""
-    q, k, bias = attention.query_key(x)
+    q, k, bias = attention.query_key(x, **given)
     if rows == "cls":
         q = q[:, :, :1]
         bias = bias if bias is None or bias.shape[-2] == 1 else bias[..., :1, :]
@@ -193,9 +230,8 @@ def _grid(model: nn.Module, pixels: Tensor, width: int) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def _layout(model: nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[tuple[int, int], int, bool]:
-    """((rows, cols), prefix tokens, whether there is a class token) of a forward that had these tokens `[B, N, D]`."""
-    count, width = tokens.shape[1:]
+def _layout(model: nn.Module, pixels: Tensor, count: int, width: int) -> tuple[tuple[int, int], int, bool]:
+    """((rows, cols), prefix tokens, whether there is a class token) of a forward with so many tokens, so wide."""
     if any(isinstance(getattr(module, "detection_tokens", None), Tensor) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has tokens behind its patches; expected all others in front of them")
     rows, cols = _grid(model, pixels, width)
@@ -245,29 +281,32 @@ def attention_maps(
     attentions = _attentions(model)
     if rows == "cls" and not _has_class_token(model):
         raise ValueError(f"rows='cls', but this {type(model).__name__} has no class token; accepted is rows='all'")
-    wanted = range(len(attentions)) if layers is None else layers
-    if not wanted or not all(-len(attentions) <= i < len(attentions) for i in wanted):
-        raise ValueError(f"layers={list(wanted)}; expected indices from {-len(attentions)} to {len(attentions) - 1}")
-    indices = tuple(i % len(attentions) for i in wanted)
+    # which layers those are, only the forward shows
+    unsure = any(map(_may_cross, attentions))
+    chosen = attentions if unsure else [attentions[i] for i in _indices(layers, len(attentions))]
     # a layer that is asked for twice is caught once
-    caught: dict[int, list[Tensor]] = {i: [] for i in indices}
+    caught: dict[_Attention, list[_Given]] = {attention: [] for attention in chosen}
 
-    def catch(attention: _Attention, into: list[Tensor]) -> Any:
-        return lambda _, args, kwargs: into.append(_input(attention, args, kwargs))
+    def catch(attention: _Attention, into: list[_Given]) -> Any:
+        return lambda called, args, kwargs: into.append(_given(attention, called, args, kwargs))
 
     with _hooks() as handles:
-        for i, into in caught.items():
-            target = attentions[i].block or attentions[i].module
-            handles.append(target.register_forward_pre_hook(catch(attentions[i], into), with_kwargs=True))
+        for attention, into in caught.items():
+            target = attention.module if attention.block is None else attention.block
+            handles.append(target.register_forward_pre_hook(catch(attention, into), with_kwargs=True))
         model(pixels)
-    tokens = {i: _once(attentions[i], into) for i, into in caught.items()}
+    inputs = _caught(caught)
+    if unsure:
+        attentions = list(inputs)
+    indices = _indices(layers, len(attentions))
     maps = {}
-    for i, x in tokens.items():
-        attention = attentions[i]
-        normed = x if attention.block is None else attention.block.norm1(x)
-        maps[i] = _fuse(_probabilities(attention.view, normed, rows), heads)
-    layout = _layout(model, pixels, tokens[indices[0]])
-    return AttentionMaps(tuple(maps[i] for i in indices), indices, *layout, rows)
+    for i in set(indices):
+        (x, given), block = inputs[attentions[i]], attentions[i].block
+        normed = x if block is None else block.norm1(x)
+        maps[i] = _fuse(_probabilities(attentions[i].view, normed, given, rows), heads)
+    width = inputs[attentions[indices[0]]][0].shape[-1]
+    layout = _layout(model, pixels, maps[indices[0]].shape[-1], width)
+    return AttentionMaps(tuple(maps[i] for i in indices), tuple(indices), *layout, rows)
 
 
 @torch.no_grad()
@@ -376,48 +415,62 @@ def grad_rollout(
         `[B, rows, cols]` float64, not negative, see `rollout`.
 
     Raises:
-        ValueError: attention of the model is not known here or masked, or `target` or an option does not fit.
+        ValueError: attention of the model is not known here, masked, or its values come from a LoRA layer in the place
+            of a packed linear one; `target` or an option does not fit.
     """
     _check_rollout(method, discard_ratio)
     attentions = _attentions(model)
-    caught: list[list[tuple[Tensor, Tensor]]] = [[] for _ in attentions]
+    caught: dict[_Attention, list[tuple[Tensor, int] | None]] = {attention: [] for attention in attentions}
 
     def explicit(attention: _Attention, into: list[Any]) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            x = _input(attention, args, kwargs)
-            out, probabilities = _explicit(attention.view, x)
-            into.append((x, probabilities))
+        def hook(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            given = _given(attention, called, args, kwargs)
+            if given is None:
+                into.append(None)
+                return output
+            out, probabilities = _explicit(attention, *given)
+            into.append((probabilities, given[0].shape[-1]))
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
         return hook
 
     # whoever calls may be in inference mode, whose tensors cannot be differentiated
     with _hooks() as handles, torch.inference_mode(False), torch.enable_grad():
-        for attention, into in zip(attentions, caught, strict=True):
+        for attention, into in caught.items():
             handles.append(attention.module.register_forward_hook(explicit(attention, into), with_kwargs=True))
         output = model(pixels.clone() if pixels.is_inference() else pixels)
-        inputs = [_once(attention, into) for attention, into in zip(attentions, caught, strict=True)]
-        probabilities = [p for _, p in inputs]
+        found = list(_caught(caught).values())
+        probabilities = [p for p, _ in found]
         # still under the hooks, as activation checkpointing runs parts of the forward again
         gradients = torch.autograd.grad(_explained(output, target), probabilities)
     weighted = [(p.detach() * g).mean(dim=1).clamp(min=0.0) for p, g in zip(probabilities, gradients, strict=True)]
-    layout = _layout(model, pixels, inputs[0][0])
+    layout = _layout(model, pixels, weighted[0].shape[-1], found[0][1])
     maps = AttentionMaps(tuple(weighted), tuple(range(len(weighted))), *layout)
     return rollout(maps, method=method, discard_ratio=discard_ratio)
 
 
-def _explicit(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """An attention's output `[B, N, D]` by way of its probabilities `[B, h, N, N]`, which gradients are asked of."""
-    probabilities = _probabilities(attention, x, "all")
+def _explicit(attention: _Attention, x: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """An attention's output for `x`, by way of its probabilities `[B, h, N, N]`, which gradients are asked of."""
+    view, batch_first = attention.view, getattr(attention.module, "batch_first", True)
+    probabilities = _probabilities(view, x, given, "all")
     if not probabilities.requires_grad:
         # nothing in front of it is trained
         probabilities.requires_grad_()
-    if isinstance(attention, FusedSplitAttention):
-        v = attention.v_proj(x).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+    if getattr(view, "v_proj", None) is not None:
+        v = view.v_proj(x)
+    elif view.plain_in():
+        weight, bias = view.weights_in()
+        first = 2 * weight.shape[0] // 3
+        v = F.linear(x, weight[first:], None if bias is None else bias[first:])
     else:
-        v = attention.heads(attention.qkv(x))[2]
+        raise ValueError(
+            f"the values of {attention.name} come from something else than one linear layer "
+            f"({'; '.join(view.limits_in())}), which the gradient rollout does not know"
+        )
+    v = (v if batch_first else v.transpose(0, 1)).unflatten(2, (view.num_heads, -1)).transpose(1, 2)
     out = (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    return attention.project(attention.merged(out), None, None), probabilities
+    out = view.project(view.merged(out), None, None)
+    return out if batch_first else out.transpose(0, 1), probabilities
 
 
 def _explained(output: Any, target: Target) -> Tensor:
@@ -436,7 +489,8 @@ def _explained(output: Any, target: Target) -> Tensor:
             "number to explain"
         )
     count, classes = logits.shape
-    chosen = logits.argmax(dim=-1) if target is None else torch.as_tensor(target, device=logits.device)
+    # a copy, since the caller's may be of inference mode
+    chosen = logits.argmax(dim=-1) if target is None else torch.as_tensor(target, device=logits.device).clone()
     fits = chosen.shape in ((), (count,)) and not chosen.is_floating_point()
     if not fits or chosen.min() < 0 or chosen.max() >= classes:
         raise ValueError(f"target={target!r}; expected one class or {count}, from 0 to {classes - 1}")
