@@ -7,7 +7,16 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 if __name__ == "vitfast.kernels":
     from ._derived import derived, expire, rederive, release
     from ._op import INTERPRET
-    from .attention import MAX_HEAD_DIM, attention, attention_lse, attention_lse_ref, attention_qkv, attention_ref
+    from .attention import (
+        MAX_HEAD_DIM,
+        attention,
+        attention_lse,
+        attention_lse_ref,
+        attention_qkv,
+        attention_ref,
+        relative_attention,
+        relative_attention_ref,
+    )
     from .layer_norm import MAX_WIDTH, add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
     from .linear import ACTIVATIONS, linear, linear_ref
     from .mlp import mlp, mlp_ref
@@ -52,6 +61,8 @@ __all__ = [
     "patch_embed",
     "patch_embed_ref",
     "rederive",
+    "relative_attention",
+    "relative_attention_ref",
     "release",
     "row_stats",
     "row_stats_ref",

@@ -4,7 +4,8 @@
 
 q is `[B, H, N, d]`, k and v `[B, H, S, d]`, bias anything that broadcasts to `[B, H, N, S]`, o `[B, H, N, d]` laid out
 as `[B, N, H, d]`, so that merging the heads is free. q, k and v are read through their strides: the packed output of a
-qkv projection, `[B, N, 3, H, d]`, goes in as it is. d is any size up to 256, N and S are any size.
+qkv projection, `[B, N, 3, H, d]`, goes in as it is. d is any size up to 256, N and S are any size. BEiT's bias is read
+from its table of relative positions, `[(2h-1)*(2w-1) + 3, H]` for a grid of h x w patches, and never stands in memory.
 
 Scores, softmax and accumulator are fp32; the softmax runs in base 2 with log2(e) folded into the scale. Where S fits
 one tile (up to 256 keys on sm_90: every ViT at 224 with patches of 16) K and V are read once and the softmax is the
@@ -13,14 +14,16 @@ power of two below it and a tail (72 = 64 + 8, tail tile 16), since padding 72 t
 more.
 
 FLOPs: 4*B*H*N*S*d. Bytes of e-byte elements: B*H*(2*N + 2*S)*d*e. At N = S = 197, d = 64, bf16 that is N/2 = 98 FLOP a
-byte: bound by memory on every GPU since Volta. Unfused, the N x S scores alone add 4*B*H*N*S*e bytes.
+byte: bound by memory on every GPU since Volta. Unfused, the N x S scores alone add 4*B*H*N*S*e bytes. A table adds
+its own H*((2h-1)*(2w-1) + 3)*e; the bias that it stands for would be H*N*N*e to write, and to read for every image.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), equations 5 to 8; the online softmax is
 Milakov and Gimelshein (arXiv 1805.02867), algorithm 3; its tiling Dao et al., "FlashAttention" (arXiv 2205.14135),
-algorithm 1.
+algorithm 1; relative positions are Bao et al., "BEiT" (arXiv 2106.08254), in the order of timm/models/beit.py.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._config import arch, lookup
-from ._op import autocast, check_same_dtype, check_tensors, dot_precision, kernel_op
+from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
@@ -55,11 +58,59 @@ def attention_lse_ref(
     return attention_ref(q, k, v, bias, scale, tf32), scores.logsumexp(-1)
 
 
+def relative_index(height: int, width: int, prefix: int, device: torch.device) -> Tensor:
+    """`[N, N]`: the row of BEiT's table that a query (dim 0) and a key (dim 1) of a grid of patches read.
+
+    Args:
+        height, width: patches, numbered row by row.
+        prefix: 1 with a class token in front of the patches, else 0.
+        device: of the result.
+    """
+    rows = (2 * height - 1) * (2 * width - 1)
+    patch = torch.arange(height * width, device=device)
+    # where a patch would stand in a grid of rows 2 * width - 1 long: differences there are rows of the table
+    place = patch + patch // width * (width - 1)
+    index = place[:, None] - place + rows // 2
+    if prefix:
+        index = F.pad(index, (1, 0, 1, 0), value=rows + 1)
+        index[0] = rows
+        index[0, 0] = rows + 2
+    return index
+
+
+def relative_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, tf32: bool
+) -> Tensor:
+    """`[B, N, H, d]` in torch's own calls, with the bias in memory."""
+    n = q.shape[2]
+    index = relative_index(height, width, n - height * width, table.device)
+    # a row's gradient sums hundreds of terms: in fp32, as it would under autocast
+    wide = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
+    bias = wide.t().index_select(1, index.view(-1)).view(-1, n, n).to(q.dtype)
+    return attention_ref(q, k, v, bias, scale, tf32)
+
+
 @triton.jit
 def _load_rows(ptr, rows, n_rows, stride_row, cols, D: tl.constexpr):
     # [rows, cols], zero past the last row and past the head dim
     mask = (rows < n_rows)[:, None] & (cols < D)[None, :]
     return tl.load(ptr + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _relative_index(rows, keys, PREFIX: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
+    # [BLOCK_M, BLOCK_S]: `relative_index` of a tile, which takes one subtraction for each pair of patches
+    ROWS: tl.constexpr = (2 * GRID_H - 1) * (2 * GRID_W - 1)
+    query = rows.to(tl.int32) - PREFIX
+    key = keys.to(tl.int32) - PREFIX
+    query += query // GRID_W * (GRID_W - 1) + ROWS // 2
+    key += key // GRID_W * (GRID_W - 1)
+    index = query[:, None] - key[None, :]
+    if PREFIX:
+        index = tl.where((keys == 0)[None, :], ROWS + 1, index)
+        of_class = tl.where(keys == 0, ROWS + 2, ROWS)
+        index = tl.where((rows == 0)[:, None], of_class[None, :], index)
+    return index
 
 
 @triton.jit
@@ -80,6 +131,9 @@ def _scores(
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr,
 ):
     # [BLOCK_M, BLOCK_S] in base 2: log2(e) * (scale * q k^T + bias), -inf past the last key
     k = _load_rows(k_ptr, keys, S, stride_ks, tl.arange(0, D_MAIN), D)
@@ -90,7 +144,11 @@ def _scores(
     scores *= scale_log2
     if bias_ptr is not None:
         mask = (rows < N)[:, None] & (keys < S)[None, :]
-        bias = tl.load(bias_ptr + rows[:, None] * stride_bias_n + keys[None, :] * stride_bias_s, mask=mask, other=0.0)
+        if GRID_W > 0:
+            bias_ptrs = bias_ptr + _relative_index(rows, keys, PREFIX, GRID_H, GRID_W).to(tl.int64) * stride_bias_n
+        else:
+            bias_ptrs = bias_ptr + rows[:, None] * stride_bias_n + keys[None, :] * stride_bias_s
+        bias = tl.load(bias_ptrs, mask=mask, other=0.0)
         scores += bias.to(tl.float32) * 1.4426950408889634
     return tl.where((keys < S)[None, :], scores, float("-inf"))
 
@@ -135,9 +193,13 @@ def _attention_fwd_kernel(
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    # with a grid, bias_ptr is BEiT's table: stride_bias_n is its rows', stride_bias_h its columns'
     # programs of one head are neighbours, so that its K and V stay in L2
     tiles_m = tl.cdiv(N, BLOCK_M)
     tile_m = tl.program_id(0) % tiles_m
@@ -162,8 +224,8 @@ def _attention_fwd_kernel(
     if WHOLE:
         keys = tl.arange(0, BLOCK_S).to(tl.int64)
         scores = _scores(
-            q, q_tail, k_ptr, bias_ptr, rows, keys, N, S,
-            stride_ks, stride_bias_n, stride_bias_s, scale_log2, PRECISION, D, D_MAIN, D_TAIL,
+            q, q_tail, k_ptr, bias_ptr, rows, keys, N, S, stride_ks, stride_bias_n, stride_bias_s,
+            scale_log2, PRECISION, D, D_MAIN, D_TAIL, PREFIX, GRID_H, GRID_W,
         )  # fmt: skip
         top = _row_max(scores, bias_ptr)
         p = tl.exp2(scores - top[:, None])  # [BLOCK_M, BLOCK_S]
@@ -182,8 +244,8 @@ def _attention_fwd_kernel(
         for start in range(0, S, BLOCK_S):
             keys = start + tl.arange(0, BLOCK_S).to(tl.int64)
             scores = _scores(
-                q, q_tail, k_ptr, bias_ptr, rows, keys, N, S,
-                stride_ks, stride_bias_n, stride_bias_s, scale_log2, PRECISION, D, D_MAIN, D_TAIL,
+                q, q_tail, k_ptr, bias_ptr, rows, keys, N, S, stride_ks, stride_bias_n, stride_bias_s,
+                scale_log2, PRECISION, D, D_MAIN, D_TAIL, PREFIX, GRID_H, GRID_W,
             )  # fmt: skip
             new_top = tl.maximum(top, _row_max(scores, bias_ptr))
             p = tl.exp2(scores - new_top[:, None])
@@ -248,7 +310,7 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
         s: keys.
         d: head dim.
         dtype: of q, k and v; fp32 operands take twice the shared memory.
-        biased: a bias is added, whose tile takes as many registers as the scores again.
+        biased: a bias is added, whose tile takes as many registers as the scores again, from a table or not.
         arch: 10 * major + minor of the compute capability.
     """
     main, tail = split_head_dim(d)
@@ -282,21 +344,27 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
     return Config(128, block_s, num_warps=8, num_stages=3 if wgmma or arch == 80 else 2)
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> None:
-    check_tensors("attention", q=q, k=k, v=v, bias=bias)
-    check_same_dtype("attention", q=q, k=k, v=v)
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """`(B, H, N, S)`, or an error."""
+    check_same_dtype(op, q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
-            raise ValueError(f"attention: '{name}' has shape {list(tensor.shape)}; expected [B, H, N, d]")
+            raise ValueError(f"{op}: '{name}' has shape {list(tensor.shape)}; expected [B, H, N, d]")
     b, h, n, d = q.shape
     if not 1 <= d <= MAX_HEAD_DIM:
-        raise ValueError(f"attention: head dim {d}; expected 1 to {MAX_HEAD_DIM}")
+        raise ValueError(f"{op}: head dim {d}; expected 1 to {MAX_HEAD_DIM}")
     s = k.shape[2]
     if s == 0 or k.shape != (b, h, s, d) or v.shape != (b, h, s, d):
         raise ValueError(
-            f"attention: 'q' has shape {list(q.shape)}, 'k' {list(k.shape)}, 'v' {list(v.shape)};"
+            f"{op}: 'q' has shape {list(q.shape)}, 'k' {list(k.shape)}, 'v' {list(v.shape)};"
             " expected [B, H, N, d] and twice [B, H, S, d] with S >= 1"
         )
+    return b, h, n, s
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> None:
+    check_tensors("attention", q=q, k=k, v=v, bias=bias)
+    b, h, n, s = _check_heads("attention", q, k, v)
     if bias is not None:
         check_same_dtype("attention", q=q, bias=bias)
         if bias.dim() > 4 or any(
@@ -307,13 +375,37 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale
             )
 
 
+def _check_relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, tf32: bool
+) -> None:
+    op = "relative_attention"
+    check_tensors(op, q=q, k=k, v=v, table=table)
+    _, h, n, s = _check_heads(op, q, k, v)
+    check_same_dtype(op, q=q, table=table)
+    prefix = n - height * width
+    if height < 1 or width < 1 or prefix not in (0, 1) or n != s:
+        raise ValueError(
+            f"{op}: {n} queries and {s} keys for a grid of {height} x {width} patches; expected one of each for every"
+            " patch, with or without a class token in front"
+        )
+    check_shape(op, "table", table, (2 * height - 1) * (2 * width - 1) + 3 * prefix, h)
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    tf32: bool,
+    lse: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Tensor:
+    # with a grid `bias` is the table of its relative positions
     b, h, n, d = q.shape
     s = k.shape[2]
     out = torch.empty((b, n, h, d), dtype=q.dtype, device=q.device)
@@ -321,16 +413,23 @@ def _launch(
         return out
     config = lookup(
         "attention",
-        f"n={n},s={s},d={d},{str(q.dtype)[6:]}" + ("" if bias is None else ",bias"),
+        f"n={n},s={s},d={d},{str(q.dtype)[6:]}" + ("" if bias is None else ",bias" if grid is None else ",bias,table"),
         q.device,
         Config,
         lambda: heuristic(n, s, d, q.dtype, bias is not None, arch(q.device)),
     )
     if config.library and lse is None:
+        if bias is not None and grid is not None:
+            return relative_attention_ref(q, k, v, bias, *grid, scale, tf32)
         return attention_ref(q, k, v, bias, scale, tf32)
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
-    if bias is not None:
+    prefix = height = width = 0
+    if bias is not None and grid is not None:
+        height, width = grid
+        prefix = n - height * width
+        bias_strides = (0, bias.stride(1), bias.stride(0), 0)
+    elif bias is not None:
         bias = bias.expand(b, h, n, s)
         bias_strides = bias.stride()
     d_main, d_tail = split_head_dim(d)
@@ -354,6 +453,9 @@ def _launch(
         D=d,
         D_MAIN=d_main,
         D_TAIL=d_tail,
+        PREFIX=prefix,
+        GRID_H=height,
+        GRID_W=width,
         BLOCK_M=config.block_m,
         BLOCK_S=config.block_s,
         num_warps=config.num_warps,
@@ -364,7 +466,7 @@ def _launch(
 
 @kernel_op("vitfast::attention", reference=attention_ref, check=_check_attention)
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> Tensor:
-    return _launch(q, k, v, bias, scale, tf32, None)
+    return _launch(q, k, v, bias, scale, tf32)
 
 
 @kernel_op("vitfast::attention_lse", reference=attention_lse_ref, check=_check_attention)
@@ -376,22 +478,34 @@ def _attention_lse(
     return _launch(q, k, v, bias, scale, tf32, lse), lse
 
 
+@kernel_op("vitfast::relative_attention", reference=relative_attention_ref, check=_check_relative_attention)
+def _relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, tf32: bool
+) -> Tensor:
+    return _launch(q, k, v, table, scale, tf32, grid=(height, width))
+
+
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, bias, scale, _ = inputs
     ctx.save_for_backward(q, k, v, bias)
     ctx.scale = scale
 
 
-def _attention_backward(ctx: Any, grad) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grad: Tensor, reference: Callable[..., Tensor]) -> tuple[Any, ...]:
     # torch's own attention once more, for its backward: it never holds the N x S probabilities
-    *qkv, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
-    pairs = zip((*qkv, bias), needs, strict=True)
+    pairs = zip(ctx.saved_tensors, needs, strict=True)
     leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
     with torch.enable_grad():
-        out = attention_ref(leaves[0], leaves[1], leaves[2], leaves[3], ctx.scale, False)
-    grads = iter(torch.autograd.grad(out, [leaf for leaf, need in zip(leaves, needs, strict=True) if need], grad))
-    return *(next(grads) if need else None for need in needs), None, None
+        out = reference(*leaves)
+    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+    # of no images torch's attention leaves the bias out
+    grads = iter(torch.autograd.grad(out, wanted, grad, materialize_grads=True))
+    return tuple(next(grads) if need else None for need in needs)
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *_gradients(ctx, grad, lambda *leaves: attention_ref(*leaves, ctx.scale, False)), None, None
 
 
 def _attention_lse_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -403,8 +517,20 @@ def _attention_lse_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return _attention_backward(ctx, grad)
 
 
+def _relative_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, height, width, scale, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.rest = (height, width, scale, False)
+
+
+def _relative_attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = _gradients(ctx, grad, lambda *leaves: relative_attention_ref(*leaves, *ctx.rest))
+    return *grads, None, None, None, None
+
+
 _attention.op.register_autograd(_attention_backward, setup_context=_attention_setup)
 _attention_lse.op.register_autograd(_attention_lse_backward, setup_context=_attention_lse_setup)
+_relative_attention.op.register_autograd(_relative_attention_backward, setup_context=_relative_attention_setup)
 
 
 def attention(
@@ -455,6 +581,44 @@ def attention_lse(
     q, k, v, bias = autocast(q, k, v, bias)
     out, lse = _attention_lse(q, k, v, bias, _scale(scale, q.shape[-1]), tf32)
     return out.transpose(1, 2), lse
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    grid: tuple[int, int],
+    scale: float | None = None,
+    tf32: bool = False,
+) -> Tensor:
+    """`attention` among the patches of an image, its bias read from BEiT's table of relative positions.
+
+    A query at row and column (y, x) and a key at (y', x') read row `(y - y' + h - 1) * (2w - 1) + (x - x' + w - 1)` of
+    the table. With a class token three rows follow: from it to a patch, from a patch to it, and to itself.
+
+    Args:
+        q: `[B, H, N, d]`, fp16, bf16 or fp32 (float64 on CPU), any strides, d from 1 to 256. The tokens are h * w
+            patches row by row, or a class token and these.
+        k: `[B, H, N, d]` in q's dtype.
+        v: `[B, H, N, d]` in q's dtype.
+        table: `[(2h-1) * (2w-1), H]`, with a class token `[(2h-1) * (2w-1) + 3, H]`, in q's dtype, any strides. The
+            kernel reads one head's column at a time, which is fastest where it is contiguous (`table.t()` is).
+        grid: `(h, w)`.
+        scale: of the scores; default `d ** -0.5`.
+        tf32: as in `attention`.
+
+    Returns:
+        `[B, H, N, d]`, a view of contiguous `[B, N, H, d]`, as `attention` returns it.
+
+    Raises:
+        ValueError: a shape or device does not fit, or N is not that of the grid.
+        TypeError: a dtype does not fit.
+    """
+    q, k, v, table = autocast(q, k, v, table)
+    height, width = grid
+    out = _relative_attention(q, k, v, table, height, width, _scale(scale, q.shape[-1]), tf32)
+    return out.transpose(1, 2)
 
 
 def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, tf32: bool = False) -> Tensor:

@@ -200,7 +200,7 @@ def how_ops_run(device: torch.device) -> tuple[Op, ...]:
         how = dict.fromkeys(names, "reference, in torch's own calls")
     else:
         how = dict.fromkeys(names, "does not run")
-    how |= {"attention_qkv": "as attention", "attention_lse": "as attention"}
+    how |= dict.fromkeys(("attention_qkv", "attention_lse", "relative_attention"), "as attention")
     how |= {"linear_stats": "as linear", "norm_linear": "as linear", "mlp": "two linear calls"}
     return tuple(Op(op, str(device), text) for op, text in how.items())
 

@@ -35,6 +35,7 @@ OPS = (
     "attention",
     "attention_lse",
     "attention_qkv",
+    "relative_attention",
     "patch_embed",
 )
 
@@ -50,7 +51,7 @@ FILES = tuple(module(name) for name in ("layer_norm", "linear", "norm_linear", "
 def file_of(op: str) -> ModuleType:
     """The file whose `Config` and `heuristic` an op's launches use."""
     shared = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm", "attention_lse": "attention"}
-    shared |= {"linear_stats": "linear", "norm_linear": "linear"}
+    shared |= {"relative_attention": "attention", "linear_stats": "linear", "norm_linear": "linear"}
     return module(shared.get(op, op))
 
 
@@ -570,6 +571,55 @@ ATTENTION_QKV = [
     _attention_qkv("d256", 4, 197, 256, real=True, interpret=False),
 ]
 
+# relative_attention
+
+
+def _relative_attention(
+    name: str,
+    h: int,
+    grid: tuple[int, int],
+    d: int,
+    *,
+    prefix: int = 1,
+    layout: str = "packed",
+    table_layout: str = "transposed",
+    scale: float | None = None,
+    **marks: bool,
+) -> Case:
+    n = grid[0] * grid[1] + prefix
+
+    def make(data: Data, batch: int) -> Arguments:
+        if layout == "packed":
+            q, k, v = data(batch, n, 3 * h * d).unflatten(2, (3, h, d)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = (data(batch, h, n, d, layout=layout) for _ in range(3))
+        # large beside the scores: a wrong row of it shows
+        table = data((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 * prefix, h, layout=table_layout, scale=2.0)
+        return {"q": q, "k": k, "v": v, "table": table, "grid": grid, "scale": scale}
+
+    return Case("relative_attention", name, make, ("q", "k", "v", "table"), **marks)
+
+
+RELATIVE_ATTENTION = [
+    _relative_attention("1x1", 1, (1, 1), 1),
+    _relative_attention("1x1-patches", 1, (1, 1), 5, prefix=0),
+    _relative_attention("1x7", 2, (1, 7), 5),
+    _relative_attention("7x1-patches", 2, (7, 1), 5, prefix=0),
+    _relative_attention("3x5", 2, (3, 5), 16),
+    _relative_attention("5x3-patches", 2, (5, 3), 16, prefix=0),
+    _relative_attention("3x11-ragged", 2, (3, 11), 13, layout="ragged", table_layout="ragged"),
+    _relative_attention("6x7-d72-offset", 2, (6, 7), 72, layout="offset", table_layout="offset"),
+    _relative_attention("9x8-heads", 2, (9, 8), 24, prefix=0, layout="heads", table_layout="dense", scale=0.3),
+    _relative_attention("4x4-broadcast", 2, (4, 4), 16, layout="transposed", table_layout="broadcast"),
+    _relative_attention("BEiT-B", 12, (14, 14), 64, real=True, interpret=False, core=True),
+    _relative_attention("BEiT-B-table", 12, (14, 14), 64, table_layout="dense", real=True, interpret=False, core=True),
+    _relative_attention("BEiT-B-384", 12, (24, 24), 64, real=True, interpret=False, core=True),
+    _relative_attention("BEiT-L-512", 16, (32, 32), 64, real=True, interpret=False),
+    _relative_attention("relpos-B", 12, (14, 14), 64, prefix=0, real=True, interpret=False),
+    _relative_attention("d72", 16, (14, 14), 72, real=True, interpret=False, core=True),
+    _relative_attention("d128", 8, (14, 14), 128, real=True, interpret=False),
+]
+
 # patch_embed
 
 
@@ -693,6 +743,7 @@ CASES: dict[str, list[Case]] = {
     "attention": ATTENTION,
     "attention_lse": ATTENTION_LSE,
     "attention_qkv": ATTENTION_QKV,
+    "relative_attention": RELATIVE_ATTENTION,
     "patch_embed": PATCH_EMBED,
 }
 
@@ -767,6 +818,10 @@ def reference(op: str, **arguments: Any) -> Any:
         b, n, width = qkv.shape
         q, k, v = qkv.reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
         return kernels.attention_ref(q, k, v, None, q.shape[-1] ** -0.5, False).reshape(b, n, width // 3)
+    if op == "relative_attention":
+        q, k, v, table, grid, scale = _pick(arguments, "q k v table grid scale")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return kernels.relative_attention_ref(q, k, v, table, *grid, scale, False).transpose(1, 2)
     assert op == "patch_embed", op
     return kernels.patch_embed_ref(*_pick(arguments, "pixels weight bias prefix pos_embed scale shift"), False)
 

@@ -1,27 +1,38 @@
-"""attention and attention_qkv: the whole and the online softmax, biases, head dims, layouts."""
+"""attention, attention_qkv and relative_attention: the whole and the online softmax, biases, head dims, layouts."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels._cases import ATTENTION, ATTENTION_LSE, ATTENTION_QKV, Case, Lane, across_lanes, check, module
-from vitfast.kernels import INTERPRET, attention, attention_lse, attention_qkv
+from tests.kernels._cases import (
+    ATTENTION,
+    ATTENTION_LSE,
+    ATTENTION_QKV,
+    RELATIVE_ATTENTION,
+    Case,
+    Lane,
+    across_lanes,
+    check,
+    module,
+)
+from vitfast.kernels import INTERPRET, attention, attention_lse, attention_qkv, relative_attention
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
 FILE = module("attention")
 
 
-@across_lanes("attention", "attention_lse", "attention_qkv")
+@across_lanes("attention", "attention_lse", "attention_qkv", "relative_attention")
 def test_numbers(case: Case, lane: Lane, through_op: None, poisoned: None) -> None:
     check(case, lane.device, lane.dtype)
 
 
-SMALL = [case for case in (*ATTENTION, *ATTENTION_LSE, *ATTENTION_QKV) if not case.real]
+SMALL = [case for case in (*ATTENTION, *ATTENTION_LSE, *ATTENTION_QKV, *RELATIVE_ATTENTION) if not case.real]
 
 
 @pytest.mark.interpret
@@ -63,6 +74,113 @@ def test_library_route_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv.view(2, 31, 3, 4, 16).permute(2, 0, 3, 1, 4)
     wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention_qkv(qkv, 4), wanted)
+    table = torch.randn(9 * 11 + 3, 4)
+    bias = timm_bias(table, (5, 6), True)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(relative_attention(q, k, v, table, (5, 6)), wanted)
+
+
+# relative positions, held to the libraries that define them
+
+GRIDS = [(1, 1), (1, 7), (7, 1), (3, 5), (5, 3), (6, 6)]
+
+
+def timm_bias(table: torch.Tensor, grid: tuple[int, int], class_token: bool) -> torch.Tensor:
+    """`[H, N, N]` as timm gathers it."""
+    layers = pytest.importorskip("timm.layers")
+    index = layers.pos_embed_rel.gen_relative_position_index(grid, class_token=class_token)
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
+
+
+@reference_lane
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_relative_index_is_the_libraries_own(grid: tuple[int, int]) -> None:
+    beit = pytest.importorskip("timm.models.beit")
+    hf = pytest.importorskip("transformers.models.beit.modeling_beit")
+    layers = pytest.importorskip("timm.layers.pos_embed_rel")
+    ours = FILE.relative_index(*grid, 1, torch.device("cpu"))
+    assert torch.equal(ours, beit.gen_relative_position_index(grid))
+    assert torch.equal(ours, layers.gen_relative_position_index(grid, class_token=True))
+    assert torch.equal(ours, hf.BeitRelativePositionBias.generate_relative_position_index(grid))
+    without = FILE.relative_index(*grid, 0, torch.device("cpu"))
+    assert torch.equal(without, layers.gen_relative_position_index(grid))
+
+
+@pytest.mark.parametrize("class_token", [False, True], ids=["patches", "class"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_relative_attention_is_timm_s(
+    grid: tuple[int, int], class_token: bool, poisoned: None, through_op: None
+) -> None:
+    # 4 heads of 16, a table whose rows all differ
+    n = grid[0] * grid[1] + class_token
+    q, k, v = torch.randn(2, n, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    table = 3 * torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 * class_token, 4)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=timm_bias(table, grid, class_token))
+    torch.testing.assert_close(relative_attention(q, k, v, table, grid), wanted)
+    torch.testing.assert_close(relative_attention(q, k, v, table.t().contiguous().t(), grid), wanted)
+
+
+def test_relative_attention_of_whole_layers(through_op: None) -> None:
+    # what stands between the projections of timm's and Transformers' layers
+    beit = pytest.importorskip("timm.models.beit")
+    hf = pytest.importorskip("transformers.models.beit.modeling_beit")
+    transformers = pytest.importorskip("transformers")
+    x = torch.randn(2, 17, 64)
+    layer = beit.Attention(64, num_heads=4, qkv_bias=True, window_size=(4, 4)).eval()
+    torch.nn.init.normal_(layer.relative_position_bias_table)
+    torch.nn.init.normal_(layer.q_bias)
+    torch.nn.init.normal_(layer.v_bias)
+    qkv = F.linear(x, layer.qkv.weight, torch.cat([layer.q_bias, layer.k_bias, layer.v_bias]))
+    q, k, v = qkv.view(2, 17, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    out = relative_attention(q, k, v, layer.relative_position_bias_table, (4, 4))
+    torch.testing.assert_close(layer.proj(out.transpose(1, 2).flatten(2)), layer(x))
+    config = transformers.BeitConfig(
+        hidden_size=64, num_attention_heads=4, image_size=64, patch_size=16, use_relative_position_bias=True
+    )
+    bias = hf.BeitRelativePositionBias(config)
+    torch.nn.init.normal_(bias.relative_position_bias_table)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=bias((4, 4)))
+    torch.testing.assert_close(relative_attention(q, k, v, bias.relative_position_bias_table, (4, 4)), wanted)
+
+
+@reference_lane
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_relative_attention_on_cpu_is_torch(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(2, 16, 3, 4, 16).to(dtype).permute(2, 0, 3, 1, 4)
+    table = torch.randn(5 * 9 + 3, 4).to(dtype)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=timm_bias(table, (3, 5), True))
+    assert torch.equal(relative_attention(q, k, v, table, (3, 5)), wanted)
+
+
+@reference_lane
+def test_gradient_of_a_table_is_summed_in_fp32() -> None:
+    # under autocast timm sums it in the parameter's fp32; sums of 196 terms in bf16 stop growing
+    q, k, v = torch.randn(8, 197, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    table = torch.randn(27 * 27 + 3, 2, requires_grad=True)
+
+    def gradient(function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        out = function()
+        return torch.autograd.grad((out.float() * out.detach().float()).sum(), table)[0]
+
+    def timm_s() -> torch.Tensor:
+        bias = timm_bias(table, (14, 14), True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    truth = gradient(timm_s)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = gradient(timm_s)
+        actual = gradient(lambda: relative_attention(q, k, v, table, (14, 14)))
+    assert actual.dtype == torch.float32
+    assert (actual - truth).norm() <= 1.2 * (wanted - truth).norm()
+
+
+def test_relative_attention_of_no_images(through_op: None) -> None:
+    q = torch.randn(0, 2, 7, 16, requires_grad=True)
+    table = torch.randn(3 * 5 + 3, 2, requires_grad=True)
+    out = relative_attention(q, q, q, table, (2, 3))
+    assert out.shape == (0, 2, 7, 16)
+    out.sum().backward()
+    assert torch.equal(table.grad, torch.zeros_like(table))
 
 
 @pytest.mark.interpret
@@ -176,6 +294,30 @@ def _t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_wrong_input_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"attention: .*{message}"):
         attention(**{**{name: _t(1, 2, 7, 8) for name in "qkv"}, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"grid": (2, 4)}, ValueError, r"7 queries and 7 keys for a grid of 2 x 4 patches; expected one of each"),
+        ({"grid": (1, 5)}, ValueError, r"7 queries and 7 keys for a grid of 1 x 5 patches"),
+        ({"grid": (-2, -3)}, ValueError, r"a grid of -2 x -3 patches"),
+        ({"k": _t(1, 2, 8, 8), "v": _t(1, 2, 8, 8)}, ValueError, r"7 queries and 8 keys for a grid of 2 x 3"),
+        ({"q": _t(2, 7, 8)}, ValueError, r"'q' has shape \[2, 7, 8\]; expected \[B, H, N, d\]"),
+        ({"table": _t(15, 2)}, ValueError, r"'table' has shape \[15, 2\]; expected \[18, 2\]"),
+        ({"table": _t(18, 3)}, ValueError, r"'table' has shape \[18, 3\]; expected \[18, 2\]"),
+        ({"table": _t(18, 2, dtype=torch.float16)}, TypeError, r"'table' has dtype torch\.float16, but 'q'"),
+        (
+            {"table": torch.zeros(18, 2, device="meta")},
+            ValueError,
+            r"'table' is on meta, but 'q' is on cpu; expected one device",
+        ),
+    ],
+)
+def test_wrong_relative_positions_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    right = {**{name: _t(1, 2, 7, 8) for name in "qkv"}, "table": _t(18, 2), "grid": (2, 3)}
+    with pytest.raises(error, match=f"relative_attention: .*{message}"):
+        relative_attention(**{**right, **arguments})
 
 
 @pytest.mark.parametrize(

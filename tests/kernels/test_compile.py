@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vitfast.kernels
-from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, Case, file_of
+from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, RELATIVE_ATTENTION, Case, file_of
 from tests.kernels._compiler import TARGETS, Compiled, compiling, disassemble, meta
 from tests.kernels._ranges import overflows
 
@@ -90,7 +90,7 @@ def plan() -> list[Any]:
         add([case for case in core if case.op == "linear"], target, fp16, 256)
     # registers are tightest in attention
     for target in ("sm_86", "sm_100", "sm_120"):
-        add([case for case in ATTENTION_QKV if case.real], target, bf16, 256)
+        add([case for case in (*ATTENTION_QKV, *RELATIVE_ATTENTION) if case.real], target, bf16, 256)
     return [
         pytest.param(case, target, dtype, batch, id=f"{name}-{target}-{str(dtype)[6:]}-batch{batch}")
         for (name, target, dtype, batch), case in chosen.items()
@@ -239,6 +239,11 @@ def _huge(op: str) -> dict[str, Any]:
         return {"q": q, "k": k, "v": v, "bias": meta(4096, 16, 1370, 1370, dtype=bf16)}
     if op == "attention_qkv":
         return {"qkv": meta(4096, 1370, 3 * 16 * 72, dtype=bf16), "heads": 16}
+    if op == "relative_attention":
+        q, k, v = (meta(4096, 1025, 16, 64, dtype=bf16).transpose(1, 2) for _ in range(3))
+        # a column of a table that all layers of many models share: its rows are far apart
+        table = meta(63 * 63 + 3, 1 << 20, dtype=bf16)[:, :16]
+        return {"q": q, "k": k, "v": v, "table": table, "grid": (32, 32)}
     assert op == "patch_embed", op
     return {
         "pixels": meta(16384, 3, 224, 224, dtype=bf16),
@@ -334,6 +339,10 @@ def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
     if op == "attention":
         q = meta(2, sizes["n"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
         k = meta(2, sizes["s"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
+        if "table" in words:
+            # any grid of so many patches: the key does not tell them apart
+            table = meta(2 * sizes["n"] - 1, 4, dtype=dtype)
+            return {"q": q, "k": k, "v": k, "table": table, "grid": (1, sizes["n"])}, dtype
         bias = meta(sizes["n"], sizes["s"], dtype=dtype) if "bias" in words else None
         return {"q": q, "k": k, "v": k, "bias": bias}, dtype
     assert op == "patch_embed", op
@@ -349,7 +358,8 @@ def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
 def _call_of_key(op: str, key: str) -> str:
     """The public function whose launch has this key."""
     words = key.split(",")
-    return "norm_linear" if "norm" in words else "linear_stats" if "stats" in words else op
+    calls = {"norm": "norm_linear", "stats": "linear_stats", "table": "relative_attention"}
+    return next((call for word, call in calls.items() if word in words), op)
 
 
 @pytest.mark.parametrize(("op", "device", "key", "entry"), _committed())
@@ -382,6 +392,7 @@ def test_committed_config(
         ("linear", "m=50432,n=2304,k=768,bfloat16,norm"),
         ("row_stats", "rows=50432,width=768,bfloat16"),
         ("attention", "n=197,s=197,d=64,float16,bias"),
+        ("attention", "n=197,s=197,d=64,bfloat16,bias,table"),
         ("patch_embed", "patches=50176,width=768,k=768,bfloat16"),
     ],
 )

@@ -31,6 +31,7 @@ FULL = {
     "attention": "bias-full",
     "attention_lse": "bias-keys",
     "attention_qkv": "d5",
+    "relative_attention": "3x11-ragged",
     "patch_embed": "small",
 }
 EACH_OP = [next(case for case in CASES[op] if case.name == name) for op, name in FULL.items()]
@@ -82,7 +83,7 @@ def _operator_arguments(case: Case, dtype: torch.dtype, monkeypatch: pytest.Monk
     """What the public function hands its operator."""
     seen: list[tuple[Any, ...]] = []
     homes = {"add_layer_norm": "layer_norm", "attention_qkv": "attention", "attention_lse": "attention"}
-    homes |= {"row_stats": "norm_linear", "linear_stats": "norm_linear"}
+    homes |= {"relative_attention": "attention", "row_stats": "norm_linear", "linear_stats": "norm_linear"}
     file = module(homes.get(case.op, case.op))
     name = f"_{REGISTERED[case.op]}"
     inner = getattr(file, name)

@@ -17,7 +17,7 @@ from vitfast.kernels import _config
 module = importlib.import_module("vitfast.doctor")
 
 OPS = {"patch_embed", "layer_norm", "add_layer_norm", "row_stats", "attention", "attention_lse", "attention_qkv"}
-OPS |= {"linear", "linear_stats", "norm_linear", "mlp"}
+OPS |= {"relative_attention", "linear", "linear_stats", "norm_linear", "mlp"}
 
 
 @pytest.fixture
