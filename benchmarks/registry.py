@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from vitfast.kernels import (
     linear_ref,
     patch_embed_ref,
 )
+from vitfast.libraries import image_shape, library
+from vitfast.parity import build_model, first_tensor
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +45,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_base_patch14_dinov2": {"num_classes": 1000},
 }
 """The suite's models, with what is overridden (a headless model gets a head, so that every model gives logits)."""
+
+LIBRARY_MODELS = (
+    "timm:vit_base_patch16_224",
+    "torchvision:vit_b_16",
+    "transformers:vit",
+    "transformers:clip_vision_model",
+    "open_clip:ViT-B-16",
+    "transformers:dinov2",
+    "timm:beit_base_patch16_224",
+    "timm:swin_base_patch4_window7_224",
+    "torchvision:swin_b",
+    "transformers:swin",
+)
+"""Models as their libraries make them, which stand for what people run: B/16 or its like of each, and windows. Each is
+measured plain and accelerated; what it returns first is what counts."""
 
 BATCHES = (1, 8, 32, 128, 256)
 
@@ -75,7 +92,8 @@ class Workload:
     Attributes:
         layer: one of `results.LAYERS`.
         name: of the workload, the same in every run.
-        op: what a peer must offer: one of `KERNELS`' first parts, or "block", "model", "train", "end_to_end".
+        op: what a peer must offer: one of `KERNELS`' first parts, or "block", "model", "train", "end_to_end", or
+            "library", a model of another library, which `reference` holds.
         model: the architecture it comes from.
         shape: sizes by name.
         dtype: a key of `DTYPES`.
@@ -153,6 +171,34 @@ def model_flops(name: str) -> float:
     """FLOPs of one image through the model."""
     model = reference_model(name)
     return _flops(model, 1, 3, *model.patch_embed.img_size)
+
+
+class First(nn.Module):
+    """A model of which the first tensor that it returns counts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return first_tensor(self.model(pixels))
+
+
+@functools.cache
+def library_model(name: str) -> First:
+    """A library's model with seeded weights; in eval mode, fp32, on CPU."""
+    return First(build_model(name)).eval()
+
+
+def missing_libraries(names: Iterable[str]) -> dict[str, str]:
+    """The names whose library cannot be imported here, and why."""
+    missing = {}
+    for name in names:
+        try:
+            library(name.partition(":")[0])
+        except ImportError as error:
+            missing[name] = str(error)
+    return missing
 
 
 class Normalized(nn.Module):
@@ -364,6 +410,21 @@ def _model_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
     yield Workload("end_to_end", model, "end_to_end", model, shape, dtype, flops, decoded, take_files, whole)
 
 
+def _library_workload(model: str, batch: int, dtype: str) -> Workload:
+    reference = library_model(model)
+    channels, height, width = image_shape(reference.model)
+    e = DTYPES[dtype].itemsize
+    pixels = batch * channels * height * width
+    weights = sum(parameter.numel() for parameter in reference.parameters())
+
+    def draw(device: torch.device, index: int) -> dict[str, Any]:
+        return {"pixels": _random(device, DTYPES[dtype], index)(batch, channels, height, width)}
+
+    flops = batch * _flops(reference, 1, channels, height, width)
+    shape = {"batch": batch, "height": height, "width": width}
+    return Workload("model", model, "library", model, shape, dtype, flops, (weights + pixels) * e, draw, reference)
+
+
 def workloads(
     layers: tuple[str, ...], models: tuple[str, ...], batches: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> list[Workload]:
@@ -371,7 +432,8 @@ def workloads(
 
     Args:
         layers: of `results.LAYERS`.
-        models: names of architectures; those outside `MODELS` work too.
+        models: names of architectures; those outside `MODELS` work too. Names with a library in front, such as
+            `LIBRARY_MODELS`, have the layer "model" only.
         batches: images a call.
         dtypes: keys of `DTYPES`.
 
@@ -385,6 +447,9 @@ def workloads(
     for dtype in dtypes:
         for model in models:
             for batch in batches:
+                if ":" in model:
+                    found += [_library_workload(model, batch, dtype)] if "model" in layers else []
+                    continue
                 every = [*_kernel_workloads(model, batch, dtype), *_model_workloads(model, batch, dtype)]
                 found += [workload for workload in every if workload.layer in layers]
     return found

@@ -39,7 +39,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -229,12 +228,13 @@ def _tests(plan: Plan) -> list[Item]:
 
 
 def _parity(plan: Plan) -> list[Item]:
+    from vitfast.libraries import image_shape
     from vitfast.parity import build_model, parity
 
     def run(model: str, precision: str, batch: int, seconds: float) -> dict[str, Any]:
         built: Any = build_model(model, img_size=32 if plan.dry else None).to(plan.device)
         generator = torch.Generator().manual_seed(2)
-        pixels = torch.randn((batch, 3, *built.patch_embed.img_size), generator=generator).to(plan.device)
+        pixels = torch.randn((batch, *image_shape(built)), generator=generator).to(plan.device)
         found = parity(built, pixels, precision)
         name = f"parity of {model} {precision} b{batch}"
         share = max((found.output.share, *(module.comparison.share for module in found.modules)), key=_nan_last)
@@ -253,12 +253,20 @@ def _parity(plan: Plan) -> list[Item]:
         cases = [(model, "bf16", 8) for model in (B, L)]
         cases += [(B, precision, 8) for precision in ("fp16", "fp32", "tf32")]
         cases += [(model, "bf16", 8) for model in registry.MODELS if model not in (B, L)]
-        cases += [(f"timm:{B}", "bf16", 8)] if find_spec("timm") else []
+        cases += [(model, "bf16", 8) for model in _library_models()]
         cases += [(L, "fp16", 8), (B, "bf16", 1), (B, "bf16", 128)]
     return [
         Item(f"{model} {precision} b{batch}", functools.partial(run, model, precision, batch))
         for model, precision, batch in cases
     ]
+
+
+def _library_models() -> tuple[str, ...]:
+    """Other libraries' models of the suite, where their library is there; which are not is said."""
+    missing = registry.missing_libraries(registry.LIBRARY_MODELS)
+    for name, why in missing.items():
+        _say(f"{name} is left out: {why}")
+    return tuple(name for name in registry.LIBRARY_MODELS if name not in missing)
 
 
 def _nan_last(value: float) -> float:
@@ -322,6 +330,7 @@ def _rest(plan: Plan) -> list[Item]:
         return _rows(plan, todo, ("torch eager", "vitfast +block"))
     others = tuple(name for name in registry.MODELS if name not in plan.models)
     todo = workloads(("model",), others, (plan.batch, 1), (plan.dtype,))
+    todo += workloads(("model",), _library_models(), (plan.batch, 1), (plan.dtype,))
     todo += workloads(("train",), (B, L), (128,), (plan.dtype,))
     todo += workloads(("block",), (B, L), (plan.batch,), (plan.dtype,))
     todo += workloads(("end_to_end",), (B,), (plan.batch,), (plan.dtype,))

@@ -145,7 +145,11 @@ def _parser() -> _Parser:
         parents=[common],
     )
     bench.add_argument(
-        "--model", nargs="+", metavar="NAME", help="architectures (default: the suite's; on CPU Ti and B)"
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        help="architectures (default: the suite's; on CPU Ti and B), or other libraries' models plain and accelerated, "
+        "such as torchvision:swin_b",
     )
     bench.add_argument(
         "--batch", nargs="+", type=_positive, metavar="N", help="batch sizes (default: the suite's; on CPU 1)"

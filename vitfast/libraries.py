@@ -1,5 +1,6 @@
 """Other libraries' models by name, for the commands: `timm:NAME`, `torchvision:NAME`, `open_clip:NAME`,
-`transformers:NAME`, or a folder that Transformers wrote."""
+`transformers:NAME` (a name of its hub, or the type of a model, such as `vit`, with that type's default sizes), or a
+folder that Transformers wrote."""
 
 from __future__ import annotations
 
@@ -47,8 +48,11 @@ def has_weights(name: str) -> bool:
     """Whether a name brings trained weights: a folder that has them, or a name of Transformers' hub."""
     if library_of(name) != "transformers":
         return False
-    folder = Path(name.removeprefix("transformers:"))
-    return not folder.is_dir() or any(any(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin"))
+    plain = name.removeprefix("transformers:")
+    folder = Path(plain)
+    if folder.is_dir():
+        return any(any(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin"))
+    return "/" in plain
 
 
 def build(name: str, img_size: int | None = None, *, weights: bool = True) -> nn.Module:
@@ -113,10 +117,11 @@ _BUILDERS: dict[str, Callable[[Any, str, int | None], nn.Module]] = {
 
 def _transformers(transformers: Any, name: str, img_size: int | None, weights: bool) -> nn.Module:
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        known = Path(name).is_dir() or "/" in name
+        config = transformers.AutoConfig.from_pretrained(name) if known else transformers.AutoConfig.for_model(name)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name!r} is no folder with a model of Transformers, nor a name of its hub: {why}") from error
+        raise ValueError(f"{name!r} is no folder with a model of Transformers, no name of its hub and no type of model: {why}") from error
     vision = getattr(config, "vision_config", config)
     if img_size is not None:
         vision.image_size = img_size

@@ -371,7 +371,7 @@ def fp32_products(device: torch.device, tf32: bool) -> Iterator[None]:
             backend.allow_tf32 = value
 
 
-def _first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     """The tensor that counts in what a module returned: itself, or the first of a tuple, a dict or a model output."""
     while not isinstance(output, Tensor):
         if isinstance(output, Mapping) and output:
@@ -405,8 +405,8 @@ class _Recorder:
         _, fused, truth = (model.get_submodule(name) for model in self._models)
 
         def compare_call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            exact = _first(truth(*_double(args), **_double(kwargs)))
-            self.add(name, fused, compare(_first(fused(*args, **kwargs)), exact, _first(output)))
+            exact = first_tensor(truth(*_double(args), **_double(kwargs)))
+            self.add(name, fused, compare(first_tensor(fused(*args, **kwargs)), exact, first_tensor(output)))
 
         return compare_call
 
@@ -468,18 +468,18 @@ def parity(model: nn.Module, pixels: Tensor, precision: str = "fp32", *, only: C
 
     recorder = _Recorder(plain, fused, truth)
     with _first_block_input(truth) as exact_tokens:
-        exact = _first(truth(pixels.double()))
+        exact = first_tensor(truth(pixels.double()))
     with ExitStack() as stack:
         stack.enter_context(fp32_products(pixels.device, policy.tf32))
         actual_tokens = stack.enter_context(_first_block_input(fused))
         plain_tokens = stack.enter_context(_first_block_input(plain))
-        actual = _first(fused(pixels))
+        actual = first_tensor(fused(pixels))
         # hooks come after the accelerated run, and only the plain model has them
         for name in replaced:
             if name:
                 module = plain.get_submodule(name)
                 stack.callback(module.register_forward_hook(recorder.hook(name), with_kwargs=True).remove)
-        baseline = _first(plain(pixels))
+        baseline = first_tensor(plain(pixels))
     if "" in replaced and exact_tokens:
         recorder.add("", fused, compare(actual_tokens[0], exact_tokens[0], plain_tokens[0]))
 

@@ -17,8 +17,10 @@ from vitfast import preprocess
 from ..registry import Workload, photo_spec
 from . import Peer, train_step
 
-MODULES = frozenset({"block", "model", "train", "end_to_end"})
+MODULES = frozenset({"block", "model", "library", "train", "end_to_end"})
 OPS = frozenset({"patch_embed", "layer_norm", "add_layer_norm", "attention", "linear"}) | MODULES
+
+GRAPHED = frozenset({"block", "model", "library"})
 
 PARTS = 4
 """In how many parts a batch of files goes through the model, where the batch can be divided so."""
@@ -165,5 +167,5 @@ PEERS = (
     Peer("torch eager", OPS, never_missing, _eager),
     Peer("torch compiled", OPS, never_missing, _compiled(None)),
     Peer("torch max-autotune", OPS, max_autotune_missing, _compiled("max-autotune-no-cudagraphs")),
-    Peer("torch max-autotune +graph", frozenset({"block", "model"}), max_autotune_missing, _compiled("max-autotune")),
+    Peer("torch max-autotune +graph", GRAPHED, max_autotune_missing, _compiled("max-autotune")),
 )

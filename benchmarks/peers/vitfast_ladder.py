@@ -14,20 +14,20 @@ from vitfast.layers import KINDS
 
 from ..registry import MEAN, STD, Normalized, Workload
 from . import Peer
-from .plain import MODULES, module_function, never_missing, plain_module
+from .plain import GRAPHED, MODULES, module_function, never_missing, plain_module
 
 RUNGS: dict[str, frozenset[str]] = {
     "patch_embed": frozenset({"model", "train", "end_to_end"}),
     "layer_norm": frozenset({"block", "model", "train"}),
     "attention": frozenset({"block", "model", "train"}),
     "mlp": frozenset({"block", "model", "train"}),
-    "block": MODULES,
+    "block": MODULES - {"library"},
     # what these two leave out is needed in training
     "fold": frozenset({"model"}),
-    "tail": frozenset({"model", "end_to_end"}),
+    "tail": frozenset({"model", "library", "end_to_end"}),
 }
 """Kinds of replacement in the order they are added, each with the ops it is measured in: those where it changes what
-runs, and from files only the first rung and what is left when all are there."""
+runs, from files only the first rung and what is left when all are there, and of other libraries' models only that."""
 
 
 def _rung(
@@ -85,7 +85,7 @@ PEERS = (
     Peer("vitfast +graph", _INFERENCE, _needs_cuda("a CUDA graph"), _rung(KINDS[-1], cuda_graph=True)),
     Peer(
         "vitfast +compile +graph",
-        frozenset({"block", "model"}),
+        GRAPHED,
         _needs_cuda("a CUDA graph"),
         _rung(KINDS[-1], compile=True, cuda_graph=True),
     ),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
 import vitfast
-from vitfast.benchmarks import measure, registry, run
+from vitfast.benchmarks import measure, registry, report, run
 from vitfast.benchmarks.peers import Peer, peers, plain
 from vitfast.benchmarks.registry import Workload
 from vitfast.benchmarks.results import Run, load
@@ -140,6 +142,23 @@ def test_other_libraries_compute_the_same(tmp_path: Path) -> None:
     assert {(row.layer, row.candidate, row.status, row.note) for row in result.rows} == {
         (layer, name, "ok", "") for layer in ("model", "train") for name in names
     }
+
+
+def test_other_libraries_models_plain_and_accelerated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    transformers.ViTConfig(**config, image_size=32, patch_size=8).save_pretrained(tmp_path / "vit")
+    name = f"transformers:{tmp_path / 'vit'}"
+    todo = registry.workloads(("kernel", "block", "model"), (name,), (2,), ("fp32",))
+    assert [str(workload) for workload in todo] == [f"{name} b2 fp32"]
+    result = run.run(todo, tmp_path / "r.json", CPU, peer_names=None, budget_s=600.0, quick=True, say=print)
+    ours = {"vitfast +tail", "vitfast +compile"}
+    assert {row.candidate for row in result.rows if row.status == "ok"} == {"torch eager", "torch compiled"} | ours
+    assert result == load(tmp_path / "r.json")
+    assert "## Inference" in report.markdown(result)
+    # the suite's own are there or said to be missing
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    missing = registry.missing_libraries(registry.LIBRARY_MODELS)
+    assert missing["open_clip:ViT-B-16"] == 'this needs open_clip; pip install "vitfast[open-clip]"'
 
 
 def test_every_kernel_is_offered_by_torch_and_by_us(tmp_path: Path) -> None:
