@@ -1,0 +1,98 @@
+"""docs/support.md: written of what the tests of tests/vitfast/test_support.py found, and read again by them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.vitfast._architectures import ARCHITECTURES, Architecture
+
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+COMMAND = "python -m pytest tests/vitfast/test_support.py --support-table docs/support.md"
+
+REPLACED, NOTES = "replaced", "notes"
+# what a check can find
+PROVED, NOT_APPLICABLE, LEFT_ALONE, BROKEN = "✓", "n/a", "–", "✗"
+
+# a table for each, and the package whose version matters
+LIBRARIES = {
+    "vitfast": ("The reference", None),
+    "timm": ("timm", "timm"),
+    "transformers": ("Transformers", "transformers"),
+    "torchvision": ("torchvision", "torchvision"),
+    "open_clip": ("open_clip", "open_clip_torch"),
+}
+
+HEAD = f"""# What is supported
+
+This page is written by a run of `{COMMAND}`; nothing here is typed by hand.
+Each architecture is the library's own class with its own options, of two blocks or two stages, with random weights and
+images of a few patches, in fp32 on a CPU. Each {PROVED} is a test in
+[tests/vitfast/test_support.py](../tests/vitfast/test_support.py) that compares the accelerated model with the untouched
+one under [the tolerance rule](../vitfast/parity.py), and every run of the tests holds this page to what they find.
+
+| column | {PROVED} proves |
+|---|---|
+"""
+
+LEGEND = f"""
+{NOT_APPLICABLE}: the library's own model cannot do it, or it has no meaning there; the last column says which.
+{LEFT_ALONE}: neither attention nor blocks are replaced, so nothing is claimed; the model works as before (tested).
+"""
+
+
+def version(package: str) -> str:
+    """The release that is installed, or "" without one."""
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def render(columns: Mapping[str, str], cells: Mapping[tuple[str, str], str], notes: Mapping[str, Sequence[str]]) -> str:
+    """The page.
+
+    Args:
+        columns: what a tick proves, by the name of its column.
+        cells: text by (architecture, column).
+        notes: by architecture.
+
+    Raises:
+        KeyError: a cell is missing: its test did not run.
+    """
+    parts = [HEAD + "".join(f"{_line((name, meaning))}\n" for name, meaning in columns.items()) + LEGEND]
+    parts.append(f"\nMade with torch {version('torch')}.\n")
+    header = ("architecture", REPLACED, *columns, NOTES)
+    for library, (title, package) in LIBRARIES.items():
+        rows = [architecture for architecture in ARCHITECTURES if architecture.library == library]
+        lines = [_line(header), "|" + "---|" * len(header)]
+        for row in rows:
+            texts = [cells[str(row), column] for column in (REPLACED, *columns)]
+            lines.append(_line((f"`{row.name}`", *texts, "; ".join(notes[str(row)]))))
+        made = "" if package is None else f" {version(package)}"
+        parts.append(f"\n## {title}{made}\n\n" + "\n".join(lines) + "\n")
+    return "".join(parts)
+
+
+def read(page: str) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, str]]:
+    """Cells by library, architecture and column; and the version that each library had, torch among them."""
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    versions = {"torch": page.partition("Made with torch ")[2].partition(".\n")[0]}
+    for library, (title, _) in LIBRARIES.items():
+        section = page.partition(f"\n## {title}")[2].partition("\n## ")[0]
+        versions[library], *lines = section.splitlines() or [""]
+        header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")] or ([], [])
+        tables[library] = {row[0].strip("`"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    return tables, {name: made.strip() for name, made in versions.items()}
+
+
+def made_here(architecture: Architecture, versions: Mapping[str, str]) -> bool:
+    """Whether the page was made with the releases that are installed."""
+    package = LIBRARIES[architecture.library][1]
+    same_library = package is None or versions[architecture.library] == version(package)
+    return same_library and versions["torch"] == version("torch")

@@ -1,0 +1,375 @@
+"""What docs/support.md says of each architecture, held to what the untouched library does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+import vitfast
+from tests._close import assert_close
+from tests.vitfast import _support as support
+from tests.vitfast._architectures import ARCHITECTURES, Architecture, Call
+from tests.vitfast._models import images
+from vitfast.layers import KINDS
+
+
+class Pair:
+    """An architecture's untouched model, an accelerated copy, and images."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        _need(architecture)
+        self.architecture = architecture
+        self.plain = architecture.build()
+        self.fused = vitfast.accelerate(copy.deepcopy(self.plain))
+        self.images = images(2, 3, *architecture.size)
+
+    @property
+    def exact(self) -> nn.Module:
+        """The untouched model in float64."""
+        return copy.deepcopy(self.plain).double()
+
+
+def _need(architecture: Architecture) -> None:
+    """Skip what the installed release of the library does not have."""
+    library = pytest.importorskip(architecture.library)
+    if architecture.library == "timm" and not library.is_model(architecture.name):
+        pytest.skip(f"this timm has no {architecture.name}")
+    if architecture.library == "transformers" and not hasattr(library, architecture.name):
+        pytest.skip(f"this release of Transformers has no {architecture.name}")
+
+
+def _call(model: nn.Module, call: Call, x: Tensor) -> Any:
+    # masked autoencoders shuffle
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return call(model, x)
+
+
+def _assert_same(actual: Any, exact: Any, baseline: Any) -> None:
+    """The same containers, and tensors that keep the rule."""
+    (found, shape), (_, expected) = tree_flatten(actual), tree_flatten(baseline)
+    assert shape == expected
+    assert any(isinstance(leaf, Tensor) for leaf in found)
+    for i, (a, e, b) in enumerate(zip(found, tree_leaves(exact), tree_leaves(baseline), strict=True)):
+        if isinstance(b, Tensor) and b.is_floating_point():
+            assert_close(a, e, b, name=f"output {i}")
+        elif isinstance(b, Tensor):
+            assert torch.equal(a, b), f"output {i}"
+        else:
+            assert a == b, f"output {i}"
+
+
+def _assert_calls(plain: nn.Module, fused: nn.Module, x: Tensor, calls: tuple[Call, ...]) -> None:
+    exact = copy.deepcopy(plain).double()
+    for call in calls:
+        _assert_same(_call(fused, call, x), _call(exact, call, x.double()), _call(plain, call, x))
+
+
+def _forward(pair: Pair) -> str:
+    _assert_calls(pair.plain, pair.fused, pair.images, pair.architecture.calls)
+    return ""
+
+
+def _hidden_states(pair: Pair) -> str:
+    architecture = pair.architecture
+    if isinstance(architecture.hidden, str):
+        return architecture.hidden
+    _assert_calls(pair.plain, pair.fused, pair.images, architecture.hidden)
+    if architecture.features is not None:
+        plain = architecture.features()
+        fused = vitfast.accelerate(copy.deepcopy(plain))
+        _assert_calls(plain, fused, pair.images, (lambda model, x: model(x),))
+    return ""
+
+
+class _Probabilities(TorchFunctionMode):
+    """While open, keeps the probabilities `[B, h, N, N]` of whatever attends through torch's own functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            scale = kwargs.get("scale") or 1.0 / math.sqrt(q.shape[-1])
+            logits = scale * (q @ k.transpose(-2, -1))
+            self._keep((logits if mask is None else logits + mask).softmax(dim=-1))
+        elif function is F.multi_head_attention_forward:
+            self._keep(function(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})[1])
+        elif function in (torch.softmax, F.softmax, Tensor.softmax):
+            self._keep(out)
+        return out
+
+    def _keep(self, probabilities: Tensor) -> None:
+        # pooling has fewer queries than keys
+        if probabilities.ndim == 4 and probabilities.shape[-1] == probabilities.shape[-2]:
+            self.found.append(probabilities.detach())
+
+
+def _seen(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with _Probabilities() as mode:
+        model(x)
+    return mode.found
+
+
+def _maps(pair: Pair) -> str:
+    architecture = pair.architecture
+    tower = architecture.tower(pair.fused)
+    if architecture.no_maps:
+        with pytest.raises(ValueError):
+            vitfast.attention_maps(tower, pair.images)
+        return architecture.no_maps
+    torch.manual_seed(3)
+    maps = vitfast.attention_maps(tower, pair.images, heads=None)
+    expected = []
+    for model, x in ((pair.exact, pair.images.double()), (pair.plain, pair.images)):
+        torch.manual_seed(3)
+        expected.append(_seen(architecture.tower(model), x))
+    assert len(maps) == len(expected[0]) >= 2
+    for i, (a, e, b) in enumerate(zip(maps, *expected, strict=True)):
+        assert_close(a, e, b, name=f"map {i}")
+    rows, cols = maps.grid
+    assert rows * cols + maps.num_prefix_tokens == maps[0].shape[-1]
+    return ""
+
+
+def _compile(pair: Pair) -> str:
+    call = pair.architecture.calls[0]
+
+    def compiled(model: nn.Module) -> Any:
+        torch._dynamo.reset()
+        return _call(torch.compile(model, fullgraph=True, backend="aot_eager"), call, pair.images)  # type: ignore[arg-type]
+
+    try:
+        actual = compiled(pair.fused)
+    except Exception:
+        try:
+            compiled(pair.plain)
+        except Exception:
+            return "the library's own model does not compile in one graph"
+        raise
+    _assert_same(actual, _call(pair.exact, call, pair.images.double()), _call(pair.plain, call, pair.images))
+    return ""
+
+
+def _step(model: nn.Module, call: Call, x: Tensor, seed: int = 3) -> dict[str, Tensor]:
+    """Outputs in training mode, and every parameter after a step of plain gradient descent on them."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    torch.manual_seed(seed)
+    outputs = [out for out in tree_leaves(call(model, x)) if isinstance(out, Tensor) and out.requires_grad]
+    weights = [images(out.numel(), seed=7 + i, dtype=out.dtype) for i, out in enumerate(outputs)]
+    torch.stack([out.flatten() @ weight for out, weight in zip(outputs, weights, strict=True)]).sum().backward()
+    optimizer.step()
+    found = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    return found | {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _train_step(pair: Pair) -> str:
+    call, x = pair.architecture.calls[0], pair.images
+    before = dict(pair.plain.named_parameters())
+    baseline = _step(pair.plain, call, x)
+    assert any(not torch.equal(baseline[name], parameter) for name, parameter in before.items())
+    draws = not torch.equal(_step(pair.plain, call, x, seed=4)["output 0"], baseline["output 0"])
+    exact = _step(pair.exact, call, x.double())
+    # float64 draws other numbers than fp32, so there both are in float64
+    actual = _step(copy.deepcopy(pair.fused).double() if draws else pair.fused, call, x.double() if draws else x)
+    assert actual.keys() == exact.keys() == baseline.keys()
+    for name, value in actual.items():
+        if draws:
+            torch.testing.assert_close(
+                value, exact[name], rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        else:
+            assert_close(value, exact[name], baseline[name], name=name)
+    return ""
+
+
+def _assert_equal(actual: Any, expected: Any) -> None:
+    (found, shape), (wanted, expected_shape) = tree_flatten(actual), tree_flatten(expected)
+    assert shape == expected_shape
+    for a, e in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def _types(model: nn.Module) -> list[type[nn.Module]]:
+    return [type(module) for module in model.modules()]
+
+
+def _storages(model: nn.Module) -> set[int]:
+    return {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
+
+
+def _save_load(pair: Pair) -> str:
+    plain, fused, call, x = pair.plain, pair.fused, pair.architecture.calls[0], pair.images
+    state = fused.state_dict()
+    assert list(state) == list(plain.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+
+    expected = _call(plain, call, x)
+    for model in (pair.architecture.build(), vitfast.accelerate(pair.architecture.build())):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        model.load_state_dict(state)
+        _assert_equal(_call(model, call, x), expected)
+
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    for again in (torch.load(file, weights_only=False), copy.deepcopy(fused)):
+        assert _types(again) == _types(fused)
+        assert not _storages(again) & _storages(fused)
+        _assert_equal(_call(again, call, x), expected)
+
+    if hasattr(plain, "save_pretrained"):
+        with tempfile.TemporaryDirectory() as folder:
+            for model, name in ((plain, "plain"), (fused, "fused")):
+                model.save_pretrained(Path(folder) / name)  # type: ignore[operator]
+            files = sorted(path.name for path in (Path(folder) / "plain").iterdir())
+            assert "model.safetensors" in files
+            for name in files:
+                assert (Path(folder) / "fused" / name).read_bytes() == (Path(folder) / "plain" / name).read_bytes()
+            again = type(plain).from_pretrained(Path(folder) / "fused").eval()  # type: ignore[attr-defined]
+        _assert_equal(_call(vitfast.accelerate(again), call, x), expected)
+    return ""
+
+
+def _restore(pair: Pair) -> str:
+    plain, fused, call, x = pair.plain, pair.fused, pair.architecture.calls[0], pair.images
+    before = [list(vars(module)) for module in plain.modules()]
+    parameters = list(fused.parameters())
+    _call(fused, call, x)
+    restored = vitfast.restore(fused)
+    assert _types(restored) == _types(plain)
+    assert [list(vars(module)) for module in restored.modules()] == before
+    assert all(a is b for a, b in zip(restored.parameters(), parameters, strict=True))
+    _assert_equal(_call(restored, call, x), _call(plain, call, x))
+    return ""
+
+
+# by column: what a tick proves, and the check, which says why there is nothing to prove, if so
+CHECKS: dict[str, tuple[str, Callable[[Pair], str]]] = {
+    "forward": (
+        "outputs of every type: logits, features and pooled features; tuples and dataclasses of Transformers",
+        _forward,
+    ),
+    "hidden states": (
+        "`forward_intermediates`, `get_intermediate_layers` and `features_only`; `output_hidden_states=True`; "
+        "`create_feature_extractor` of torchvision",
+        _hidden_states,
+    ),
+    "maps": ("`vitfast.attention_maps` of all heads, against the probabilities of the library's own attention", _maps),
+    "compile": (
+        "`torch.compile(fullgraph=True)` traces the model into one graph, whose outputs are the same",
+        _compile,
+    ),
+    "train step": (
+        "outputs in training mode, with the model's own dropout, and each parameter after a step of SGD",
+        _train_step,
+    ),
+    "save, load": (
+        "the same `state_dict`, loaded by a plain and by an accelerated model; `torch.save` of the model; `deepcopy`; "
+        "`save_pretrained`",
+        _save_load,
+    ),
+    "restore": ("the classes, attributes, parameters and outputs of before", _restore),
+}
+MEANINGS = {name: meaning for name, (meaning, _) in CHECKS.items()}
+
+PAGE, VERSIONS = support.read(support.PAGE.read_text(encoding="utf-8")) if support.PAGE.exists() else ({}, {})
+
+
+def _replaced(pair: Pair) -> list[str]:
+    """Kinds of what is replaced in the model, or the image tower."""
+    found = {row.kind for row in vitfast.report(pair.architecture.tower(pair.fused)).replaced}
+    return [kind for kind in (*KINDS, "model") if kind in found]
+
+
+def _kept(pair: Pair) -> list[str]:
+    rows = vitfast.report(pair.architecture.tower(pair.fused)).kept
+    return list(dict.fromkeys(f"{row.kind}: {row.note}" for row in rows))
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> Any:
+    """A function that holds what was found to the page, or writes it there."""
+    architecture = request.getfixturevalue("architecture")
+    writing = request.config.getoption("support_table", None) is not None
+
+    def found(column: str, text: str, notes: list[str], *, check: bool = True) -> None:
+        request.node.user_properties.append(("support", (str(architecture), column, text, notes)))
+        if writing or not check or not support.made_here(architecture, VERSIONS):
+            return
+        cells = PAGE[architecture.library].get(architecture.name)
+        assert cells is not None, f"docs/support.md has no row for it; renew the page: {support.COMMAND}"
+        assert cells[column] == text, f"docs/support.md says {cells[column]!r}; renew the page: {support.COMMAND}"
+        for note in notes:
+            assert note in cells[support.NOTES], f"docs/support.md does not say it; renew the page: {support.COMMAND}"
+
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_replaced(architecture, row):
+    pair = Pair(architecture)
+    row(support.REPLACED, ", ".join(_replaced(pair)), _kept(pair))
+
+
+@pytest.mark.parametrize("column", CHECKS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_support(architecture, column, row):
+    pair = Pair(architecture)
+    left_alone = not {"attention", "block"}.intersection(_replaced(pair))
+    # what stands there if this test fails
+    row(column, support.BROKEN, [], check=False)
+    # attention that is not known has no maps here
+    with contextlib.suppress(ValueError) if left_alone and column == "maps" else contextlib.nullcontext():
+        reason = CHECKS[column][1](pair)
+    if left_alone:
+        row(column, support.LEFT_ALONE, [])
+    elif reason:
+        row(column, support.NOT_APPLICABLE, [f"{column}: {reason}"])
+    else:
+        row(column, support.PROVED, [])
+
+
+def test_page_has_these_rows_and_columns():
+    for library in support.LIBRARIES:
+        rows = [architecture.name for architecture in ARCHITECTURES if architecture.library == library]
+        assert list(PAGE[library]) == rows
+        for cells in PAGE[library].values():
+            assert list(cells) == [support.REPLACED, *CHECKS, support.NOTES]
+
+
+def test_page_has_forty_architectures():
+    proved = [cells for table in PAGE.values() for cells in table.values() if support.PROVED in cells.values()]
+    assert len(proved) >= 40
+
+
+def test_page_was_made_with_the_pinned_releases():
+    pins = (support.PAGE.parents[1] / "constraints.txt").read_text().splitlines()
+    for library, version in VERSIONS.items():
+        if library != "vitfast":
+            package = support.LIBRARIES[library][1] if library in support.LIBRARIES else library
+            name = f"{package}=={version}".replace("_", "-")
+            assert any(line.partition(" ")[0] == name for line in pins), f"{name}; renew the page: {support.COMMAND}"
