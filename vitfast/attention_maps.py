@@ -104,7 +104,8 @@ def _attentions(model: nn.Module) -> list[_Attention]:
                 declined.append((name, module, matched.reason))
         if kind is not None and issubclass(kind, FusedAttention):
             parent = model.get_submodule(name.rpartition(".")[0])
-            block = parent if isinstance(parent, FusedBlock) and parent.attn is module else None
+            skips = isinstance(parent, FusedBlock) and parent.attn is module and not parent.bias_from_block
+            block = parent if skips else None
             found.append(_Attention(name, module, face(kind, module), block))
     known = tuple({attention.view.replaces for attention in found})
     # one of the same class is a layer that the count would miss; another class pools
@@ -542,25 +543,41 @@ def overlay(image: Image.Image, values: Tensor | np.ndarray, *, alpha: float = 0
     return Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8))
 
 
-def sheet(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures with a label above each, in a grid that is about as wide as high.
+def draw(view: Image.Image, maps: AttentionMaps, flow: Tensor | None = None) -> Image.Image:
+    """A sheet of pictures with labels: the image, what each layer's class token sees of it, and the rollout.
 
     Args:
-        panels: label and picture; all pictures of one size.
-
-    Raises:
-        ValueError: there is no panel.
+        view: what the model saw as its first image, at any size.
+        maps: of any layers; where heads were kept, there is a picture of each. See `AttentionMaps.seen`.
+        flow: of `rollout` or `grad_rollout`, drawn last.
     """
-    if not panels:
-        raise ValueError("a sheet needs at least one panel")
-    font = ImageFont.load_default(14)
-    width, height = panels[0][1].size
-    columns, gap, line = math.ceil(math.sqrt(len(panels))), 6, 20
+    width, height = view.size
+    scale = _PANEL / max(width, height)
+    photo = view.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+    panels: list[tuple[str, Image.Image]] = [("image", photo)]
+    for layer, seen in zip(maps.layers, map(maps.seen, maps), strict=True):
+        if seen.ndim == 3:
+            panels.append((f"layer {layer}", overlay(photo, seen[0])))
+        else:
+            panels += [(f"layer {layer}, head {i}", overlay(photo, head)) for i, head in enumerate(seen[0])]
+    if flow is not None:
+        panels.append(("rollout", overlay(photo, flow[0])))
+    return _sheet(panels)
+
+
+# pixels: the longer side of a picture on a sheet, between pictures, and the height of a label
+_PANEL, _GAP, _LABEL = 224, 6, 20
+
+
+def _sheet(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures of one size below their labels, in a grid about as wide as high."""
+    columns = math.ceil(math.sqrt(len(panels)))
     lines = -(-len(panels) // columns)
-    picture = Image.new("RGB", (columns * (width + gap) + gap, lines * (line + height + gap) + gap), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (label, panel) in enumerate(panels):
-        x, y = gap + i % columns * (width + gap), gap + i // columns * (line + height + gap)
-        draw.text((x, y + line // 2 - 1), label, fill="black", font=font, anchor="lm")
-        picture.paste(panel, (x, y + line))
-    return picture
+    across, down = panels[0][1].width + _GAP, _LABEL + panels[0][1].height + _GAP
+    sheet = Image.new("RGB", (columns * across + _GAP, lines * down + _GAP), "white")
+    text, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, (label, picture) in enumerate(panels):
+        x, y = _GAP + i % columns * across, _GAP + i // columns * down
+        text.text((x, y + _LABEL // 2 - 1), label, fill="black", font=font, anchor="lm")
+        sheet.paste(picture, (x, y + _LABEL))
+    return sheet

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MODEL_HELP = (
     "one of vitfast.list_models(); timm:NAME, torchvision:NAME, open_clip:NAME or transformers:NAME; a folder that "
@@ -125,6 +125,25 @@ def _parser() -> _Parser:
     parity.add_argument("--img-size", type=_positive, metavar="N", help="image size (default: the model's own)")
     parity.add_argument("--all", action="store_true", help="one line per module instead of one per kind")
     parity.set_defaults(run=_parity)
+
+    attend = commands.add_parser(
+        "attend",
+        help="draw what a model's attention sees of a photograph, layer by layer or head by head",
+        description="Draw what the class token attends to in a photograph, from the accelerated model: the mean over "
+        "the heads of each layer, or the heads of one layer, and the attention rollout. A model without a class token "
+        "shows the mean over its patches.",
+        parents=[common, _shared("the seeded weights", "weights and activations (default fp32)")],
+    )
+    attend.add_argument("image", metavar="IMAGE", help="a photograph")
+    attend.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+    attend.add_argument("--out", required=True, metavar="FILE", help="the picture to write, such as map.png")
+    which = attend.add_mutually_exclusive_group()
+    which.add_argument(
+        "--layers", nargs="+", type=int, metavar="N", help="layers, negative ones from the end (default: all)"
+    )
+    which.add_argument("--heads", type=int, metavar="LAYER", help="the heads of this layer, each for itself")
+    attend.add_argument("--rollout", action="store_true", help="the attention rollout too")
+    attend.set_defaults(run=_attend)
 
     doctor = commands.add_parser(
         "doctor",
@@ -253,6 +272,59 @@ def _parity(options: argparse.Namespace) -> int:
     print(f"{options.model}, {source}, {result.precision} on {result.device}, random pixels {shape}")
     print(result.table(each=options.all))
     return 0 if result.ok else 1
+
+
+def _attend(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from PIL import Image
+
+    from .accelerate import accelerate
+    from .attention_maps import attention_maps, draw, rollout
+    from .demo import load_image, look
+    from .libraries import has_weights
+    from .parity import build_model, pick_device
+    from .precision import get_precision
+
+    out = Path(options.out)
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {options.out!r}; expected the name of a picture, such as map.png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {options.out!r}: there is no folder {str(out.parent)!r}")
+    device, policy = pick_device(options.device), get_precision(options.precision or "fp32")
+    photo = load_image(options.image)
+    model = build_model(options.model, options.weights, seed=options.seed)
+    pixels, view = look(photo, _spec(options.model, model))
+    pixels = pixels.to(device, policy.dtype)
+    accelerate(model.to(device), precision=policy.name)
+    layers, heads = (options.layers, "mean") if options.heads is None else ([options.heads], None)
+    maps = attention_maps(model, pixels, layers=layers, heads=heads)
+    flow = rollout(attention_maps(model, pixels)) if options.rollout else None
+    draw(view, maps, flow).save(out)
+    trained = options.weights or (options.model if has_weights(options.model) else None)
+    source = f"weights of {trained}" if trained else f"seeded random weights (seed {options.seed}), which mean nothing"
+    print(f"{options.model}, {source}, {policy.name} on {device}")
+    rows, cols = maps.grid
+    print(
+        f"{rows}x{cols} patches as "
+        + ("the class token sees them" if maps.has_class_token else "they see each other, on average")
+        + f"; tokens in front of them: {maps.num_prefix_tokens}"
+    )
+    _progress(f"wrote {out}")
+    return 0
+
+
+def _spec(name: str, model: Any) -> Any:
+    """How a model wants its images: what the model says, or what lies beside one of Transformers."""
+    from pathlib import Path
+
+    from .libraries import library, library_of
+    from .preprocess import image_spec
+
+    plain = name.removeprefix("transformers:")
+    if library_of(name) != "transformers" or not ("/" in plain or Path(plain).is_dir()):
+        return image_spec(model)
+    return image_spec(library("transformers").AutoImageProcessor.from_pretrained(plain))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import vitfast
 from tests.vitfast.test_graphs import X, assert_replays, emulation, warm  # noqa: F401
 from vitfast import kernels
-from vitfast.attention_maps import AttentionMaps, attention_maps, grad_rollout, overlay, rollout, sheet
+from vitfast.attention_maps import AttentionMaps, attention_maps, draw, grad_rollout, overlay, rollout
 from vitfast.parity import seed_weights
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
@@ -137,7 +137,7 @@ def test_windows_have_no_map_of_all_tokens() -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 1), num_classes=0)
     for call in (attention_maps, grad_rollout):
-        with pytest.raises(ValueError, match="attends within windows|no attention modules"):
+        with pytest.raises(ValueError, match=r"attends within windows|no attention modules"):
             call(vitfast.accelerate(model), torch.randn(1, 3, 32, 32))
 
 
@@ -745,16 +745,38 @@ def test_overlay_of_a_constant_map_and_of_nonsense() -> None:
         overlay(image, np.zeros(4))
 
 
-def test_a_sheet_shows_every_picture_below_its_label() -> None:
-    colours = ["red", "lime", "blue", "black", "yellow"]
-    panels = [(f"layer {i}", Image.new("RGB", (50, 40), colour)) for i, colour in enumerate(colours)]
-    picture = sheet(panels)
-    # three columns
-    pixels = np.asarray(picture)
-    assert pixels.shape == (2 * 66 + 6, 3 * 56 + 6, 3)
-    for i, (_, panel) in enumerate(panels):
-        x, y = 6 + i % 3 * 56, 6 + i // 3 * 66
-        assert (pixels[y + 20 : y + 60, x : x + 50] == np.asarray(panel)).all()
-        assert pixels[y : y + 20, x : x + 50].min() < 128, "no label"
-    with pytest.raises(ValueError, match="at least one panel"):
-        sheet([])
+def test_draw_shows_the_image_every_map_and_the_rollout() -> None:
+    # class token, register, 2 x 3 patches; each map is bright in one place
+    layers = torch.zeros(2, 1, 2, 8, 8)
+    for layer, head, patch in ((0, 0, 0), (0, 1, 5), (1, 0, 2), (1, 1, 3)):
+        layers[layer, 0, head, 0, 2 + patch] = 1.0
+    maps = AttentionMaps(tuple(layers), (4, 7), (2, 3), 2, True)
+    flow = torch.zeros(1, 2, 3)
+    flow[0, 0, 1] = 1.0
+    view = Image.new("RGB", (90, 60), "blue")
+    pixels = np.asarray(draw(view, maps, flow)).astype(int)
+    # 224 x 149 each, in three columns
+    assert pixels.shape == (2 * 175 + 6, 3 * 230 + 6, 3)
+    bright = [None, (0, 0), (1, 2), (0, 2), (1, 0), (0, 1)]
+    for i, patch in enumerate(bright):
+        x, y = 6 + i % 3 * 230, 6 + i // 3 * 175
+        assert pixels[y : y + 20, x : x + 100].min() < 128, "no label"
+        panel = pixels[y + 20 : y + 169, x : x + 224]
+        if patch is None:
+            assert (panel == (0, 0, 255)).all()
+        else:
+            red = panel[..., 0].reshape(-1)
+            row, column = divmod(int(red.argmax()), 224)
+            assert (row * 2 // 149, column * 3 // 224) == patch
+    assert np.asarray(draw(view, AttentionMaps(maps[:1], (4,), (2, 3), 2, True))).shape == (2 * 175 + 6, 2 * 230 + 6, 3)
+
+
+def test_draw_takes_rows_of_the_class_token_and_models_without_one() -> None:
+    view = Image.new("RGB", (90, 60), "blue")
+    model, pixels = reference(), torch.randn(1, 3, 32, 32)
+    whole, rows = (
+        np.asarray(draw(view, attention_maps(model, pixels, rows=rows))).astype(int) for rows in ("all", "cls")
+    )
+    np.testing.assert_allclose(whole, rows, atol=1)
+    maps = attention_maps(reference(class_token=False, global_pool="avg"), pixels)
+    torch.testing.assert_close(maps.seen(maps[0]), maps[0].mean(1).reshape(1, 4, 4))

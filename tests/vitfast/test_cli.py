@@ -9,14 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vitfast
 from vitfast import cli, kernels
 from vitfast.architectures import ARCHITECTURES
+from vitfast.attention_maps import draw
 from vitfast.benchmarks import measure
 from vitfast.benchmarks.results import Row, Run, load
+from vitfast.demo import load_image, look, sample_image
 from vitfast.doctor import Diagnosis
 from vitfast.parity import parity, seed_weights
 
@@ -29,6 +33,9 @@ TINY = {
     "num_heads": 3,
     "num_classes": 5,
 }
+
+
+PHOTO = str(sample_image())
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +60,7 @@ def one_error(err: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("demo",), ("parity",), ("doctor",), ("bench",), ("bench", "compare")],
+    [(), ("demo",), ("parity",), ("attend",), ("doctor",), ("bench",), ("bench", "compare")],
     ids=lambda command: " ".join(("vitfast", *command)),
 )
 def test_help_says_what_there_is(capsys, command) -> None:
@@ -61,9 +68,10 @@ def test_help_says_what_there_is(capsys, command) -> None:
     assert (status, err) == (0, "")
     assert out.startswith("usage: vitfast")
     wanted = {
-        (): ("demo", "parity", "doctor", "exit status"),
+        (): ("demo", "parity", "attend", "doctor", "exit status"),
         ("demo",): ("--image", "--weights", "--precision", "--out", "--seed", "--device"),
         ("parity",): ("MODEL", "--precision", "--batch"),
+        ("attend",): ("IMAGE", "--model MODEL", "--out FILE", "--layers", "--heads LAYER", "--rollout", "--weights"),
         ("doctor",): ("broken",),
         ("bench",): (
             *("--model", "--batch", "--precision", "--peers", "--layers", "--kernels", "--quick", "--budget SECONDS"),
@@ -98,6 +106,14 @@ def test_version(capsys) -> None:
         (["parity", "vit_test", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["parity", "vit_test", "--img-size", "33", "--device", "cpu"], "33x33"),
         (["demo", "--model", "vit_test", "--image", "nowhere.jpg"], "nowhere.jpg"),
+        (["attend", "nowhere.jpg", "--model", "vit_test", "--out", "map.png"], "nowhere.jpg"),
+        (["attend", PHOTO, "--model", "vit_test"], "--out"),
+        (["attend", PHOTO, "--model", "vit_test", "--out", "map.txt"], "'map.txt'; expected the name of a picture"),
+        (["attend", PHOTO, "--model", "vit_test", "--out", "gone/map.png"], "there is no folder 'gone'"),
+        (["attend", PHOTO, "--model", "vit_test", "--out", "map.png", "--layers", "0", "2"], "from -2 to 1"),
+        (["attend", PHOTO, "--model", "vit_test", "--out", "map.png", "--heads", "-3"], "from -2 to 1"),
+        (["attend", PHOTO, "--model", "vit_test", "--out", "map.png", "--heads", "0", "--layers", "0"], "not allowed"),
+        (["attend", PHOTO, "--model", "transformers:vit", "--out", "map.png"], "does not say how it wants its images"),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
 )
@@ -255,3 +271,50 @@ def test_as_a_program_with_a_reader_that_goes_away() -> None:
     _, err = child.communicate(timeout=60)
     assert child.returncode == 141
     assert err == b""
+
+
+def attended(model: torch.nn.Module, spec, rollout: bool = False, **options) -> Image.Image:
+    pixels, view = look(load_image(PHOTO), spec)
+    flow = vitfast.rollout(vitfast.attention_maps(model, pixels)) if rollout else None
+    return draw(view, vitfast.attention_maps(model, pixels, **options), flow)
+
+
+@pytest.mark.parametrize(
+    ("argv", "options"),
+    [
+        ((), {}),
+        (("--layers", "-1", "--rollout"), {"layers": [1], "rollout": True}),
+        (("--heads", "0"), {"layers": [0], "heads": None}),
+    ],
+    ids=["all layers", "one layer and the rollout", "heads"],
+)
+def test_attend_draws_what_the_functions_give(argv, options, capsys, tmp_path) -> None:
+    out = tmp_path / "map.png"
+    status, said, _ = run(
+        capsys, "attend", PHOTO, "--model", "vit_test", "--seed", "3", "--device", "cpu", "--out", str(out), *argv
+    )
+    assert status == 0
+    assert "seeded random weights (seed 3), which mean nothing" in said
+    assert "4x4 patches as the class token sees them; tokens in front of them: 1" in said
+    model = seed_weights(vitfast.create_model("vit_test"), seed=3).eval()
+    expected = attended(model, vitfast.image_spec(model), **options)
+    np.testing.assert_allclose(np.asarray(Image.open(out)).astype(int), np.asarray(expected).astype(int), atol=1)
+
+
+def test_attend_takes_a_folder_of_transformers_and_its_image_processor(capsys, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SiglipVisionConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    model = seed_weights(transformers.SiglipVisionModel(config), seed=4).eval()
+    processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "siglip")
+    out = tmp_path / "map.png"
+    argv = ("--model", str(tmp_path / "siglip"), "--device", "cpu", "--out", str(out), "--rollout")
+    status, said, err = run(capsys, "attend", PHOTO, *argv)
+    assert status == 0, err
+    assert f"weights of {tmp_path / 'siglip'}" in said
+    assert "they see each other, on average; tokens in front of them: 0" in said
+    expected = attended(model, vitfast.image_spec(processor), rollout=True)
+    np.testing.assert_allclose(np.asarray(Image.open(out)).astype(int), np.asarray(expected).astype(int), atol=1)
