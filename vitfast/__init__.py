@@ -6,6 +6,7 @@ from .attention_maps import attention_maps, grad_rollout, overlay, rollout
 from .model import VisionTransformer
 from .parity import compare, parity
 from .preprocess import ImageSpec, image_spec, preprocess
+from .register import register
 from .weights import load_weights
 
 __version__ = "0.1.0.dev0"
@@ -25,6 +26,7 @@ __all__ = [
     "overlay",
     "parity",
     "preprocess",
+    "register",
     "report",
     "restore",
     "rollout",
