@@ -14,7 +14,7 @@ from . import attention_backends
 from .adapters import Match, match
 from .graphs import STATE, Graphs, attach, detach, memory_bound
 from .kernels import release
-from .layers import KINDS, FusedLayer, FusedModel, FusedPatchEmbed, overridden
+from .layers import KINDS, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, face, overridden
 from .precision import Precision, get_precision
 from .selection import Choice, Figure, select
 
@@ -237,6 +237,8 @@ def accelerate(
         if isinstance(module, FusedModel):
             module.fold = module.fold or "fold" in selected
             module.tail = module.tail or "tail" in selected
+        if isinstance(module, FusedStemModel):
+            module.stem = module.stem or "patch_embed" in selected
     for embed in embeds:
         embed.set_normalize(normalize)
 
@@ -291,7 +293,7 @@ def restore(model: Model) -> Model:
         # a class made around the fused one (FSDP's, a parametrisation's) is its maker's to undo
         replaces = vars(type(module)).get("replaces")
         if isinstance(module, FusedLayer) and replaces is not None:
-            for name in ("tf32", "attention_backend", "fold", "tail"):
+            for name in ("tf32", "attention_backend", "fold", "tail", "stem"):
                 module.__dict__.pop(name, None)
             if isinstance(module, FusedModel):
                 for parameter in module.parameters():
@@ -338,7 +340,7 @@ def _uint8_embeds(
         (name, module, type(module)) for name, module in model.named_modules() if isinstance(module, FusedPatchEmbed)
     ]
     stems += [(name, module, m.fused) for name, module, m in found if m.fused and issubclass(m.fused, FusedPatchEmbed)]
-    convolved = [f"{name or '(model)'}: {why}" for name, stem, fused in stems for why in fused.why_convolved(stem)]
+    convolved = [f"{name or '(model)'}: {why}" for name, stem, fused in stems for why in face(fused, stem).why_convolved()]
     if convolved or not stems:
         declined = [f"{name or '(model)'}: {m.reason}" for name, _, m in found if m.kind == "patch_embed" and m.reason]
         reasons = "; ".join(convolved + declined) or "there is none"
@@ -351,7 +353,7 @@ def _uint8_embeds(
     if len(normalize) != 2:
         raise ValueError(f"normalize={normalize!r}; expected (mean, std)")
     for what, values in zip(("mean", "std"), normalize, strict=True):
-        channels = stems[0][1].proj.in_channels
+        channels = face(stems[0][2], stems[0][1]).conv.in_channels
         if len(values) != channels or not all(math.isfinite(value) for value in values):
             raise ValueError(f"normalize: {what} is {tuple(values)}; expected {channels} numbers, one per channel")
     if min(normalize[1]) <= 0.0:

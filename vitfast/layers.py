@@ -69,6 +69,12 @@ def symbolic(x: Tensor) -> bool:
     return isinstance(x, Proxy)
 
 
+def leaf(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `torch.fx` records of a module of torch: one step, not what is inside."""
+    tracer = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), kwargs)
+
+
 def plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module is of this very class and calling it does nothing beyond the class's `forward`."""
     # exactly this class: LoRA, quantised and parametrised layers are others, with a forward of their own
@@ -151,7 +157,13 @@ class FusedPatchEmbed(FusedLayer):
 
     kind = "patch_embed"
     patch_size: Any
-    proj: Any
+    # attribute with the convolution
+    conv_name: ClassVar[str] = "proj"
+
+    @property
+    def conv(self) -> Any:
+        """The convolution that embeds patches."""
+        return getattr(self, self.conv_name)
 
     def set_normalize(self, normalize: tuple[Sequence[float], Sequence[float]] | None) -> None:
         """Take uint8 pixels, with this mean and std per channel for pixels between 0 and 1; None: take none again."""
@@ -162,7 +174,7 @@ class FusedPatchEmbed(FusedLayer):
         mean, std = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in normalize)
         # (x / 255 - mean) / std = x * scale + shift; as bytes, since casting a model casts its floating-point buffers
         affine = torch.stack([1.0 / (255.0 * std), -mean / std]).float().view(torch.uint8)
-        self.register_buffer("pixel_affine", affine.to(self.proj.weight.device), persistent=False)
+        self.register_buffer("pixel_affine", affine.to(self.conv.weight.device), persistent=False)
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the original would of these pixels."""
@@ -171,21 +183,21 @@ class FusedPatchEmbed(FusedLayer):
             not symbolic(pixels)
             and pixels.dim() == 4
             and (pixels.is_floating_point() or (pixels.dtype == torch.uint8 and "pixel_affine" in self._buffers))
-            and pixels.shape[1] == self.proj.in_channels
+            and pixels.shape[1] == self.conv.in_channels
             and not self.why_convolved()
         )
 
     def why_convolved(self) -> list[str]:
-        """Why `proj` is called as a module, in a sentence each; empty where the kernel runs."""
-        if limits := _why_called("proj", self.proj, nn.Conv2d):
+        """Why the convolution is called as a module, in a sentence each; empty where the kernel runs."""
+        name, conv, patch = self.conv_name, self.conv, self.patch_size
+        if limits := _why_called(name, conv, nn.Conv2d):
             return limits
-        proj, patch = self.proj, self.patch_size
         patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
         # dense feature extractors make the stride smaller than the patch, in place
-        if proj.kernel_size != patch or proj.stride != patch:
-            return [f"proj has kernel {proj.kernel_size} and stride {proj.stride}: called as a module"]
-        if proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
-            return ["proj is padded, dilated or grouped: called as a module"]
+        if conv.kernel_size != patch or conv.stride != patch:
+            return [f"{name} has kernel {conv.kernel_size} and stride {conv.stride}: called as a module"]
+        if conv.padding not in ((0, 0), "valid") or conv.dilation != (1, 1) or conv.groups != 1:
+            return [f"{name} is padded, dilated or grouped: called as a module"]
         return []
 
     def tokens(self, pixels: Tensor, prefix: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
@@ -193,8 +205,8 @@ class FusedPatchEmbed(FusedLayer):
         scale = shift = None
         if pixels.dtype == torch.uint8:
             scale, shift = self._buffers["pixel_affine"].view(torch.float32).unbind()  # type: ignore[union-attr]
-        proj = self.proj
-        return kernels.patch_embed(pixels, proj.weight, proj.bias, prefix, pos_embed, scale, shift, tf32=self.tf32)
+        conv = self.conv
+        return kernels.patch_embed(pixels, conv.weight, conv.bias, prefix, pos_embed, scale, shift, tf32=self.tf32)
 
     def limits(self) -> list[str]:
         return self.why_convolved()
@@ -394,6 +406,10 @@ class FusedMlp(FusedLayer):
             return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
         return cls.activations.get(type(module))
 
+    def fusable(self) -> bool:
+        """Whether the modules inside are those that stand here by their names."""
+        return True
+
     def between(self, hidden: Tensor) -> Tensor:
         """What the model does between the activation's dropout and the second layer: nothing, here."""
         return hidden
@@ -413,9 +429,11 @@ class FusedMlp(FusedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
-        return super().forward(x) if symbolic(x) else self.fused(x)  # type: ignore[misc]
+        return super().forward(x) if symbolic(x) or not self.fusable() else self.fused(x)  # type: ignore[misc]
 
     def limits(self) -> list[str]:
+        if not self.fusable():
+            return ["has other modules than it had: the original forward runs"]
         limits = _why_called("fc1", self.fc1, nn.Linear) + _why_called("fc2", self.fc2, nn.Linear)
         if hooked(self.act) or self.epilogue(self.act) is None:
             limits += _why_called("act", self.act, type(self.act) if hooked(self.act) else nn.GELU)
@@ -563,7 +581,7 @@ class FusedBlock(FusedLayer):
     def _takes_residual(self, branch: nn.Module) -> bool:
         if hooked(branch):
             return False
-        return isinstance(branch, FusedMlp) or (isinstance(branch, FusedAttention) and branch.fusable())
+        return isinstance(branch, (FusedAttention, FusedMlp)) and branch.fusable()
 
     def limits(self) -> list[str]:
         limits = []
@@ -615,7 +633,7 @@ class FusedModel(FusedLayer):
         # in training dropout draws for every token
         count = self.pooled_tokens() if self.tail and not self.training else None
         blocks = self.blocks
-        if count is None or not plain(blocks, nn.Sequential) or not len(blocks) or hooked(self.norm):
+        if count is None or not self.straight() or not len(blocks) or hooked(self.norm):
             return None
         if any(name in vars(self) for name in ("forward_features", "forward_head", "pool")):
             # somebody put a function of their own in the place of a step
@@ -627,7 +645,7 @@ class FusedModel(FusedLayer):
         """All blocks: `[B, N, D]` to `[B, N, D]`, or to `[B, kept, D]`."""
         folds = self.fold and self._may_fold(x)
         if kept is None and not folds:
-            return self.blocks(x)
+            return self.through(x)
         stats = None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
@@ -642,4 +660,26 @@ class FusedModel(FusedLayer):
         return x
 
     def _may_fold(self, x: Tensor) -> bool:
-        return derivable(x) and plain(self.blocks, nn.Sequential)
+        return derivable(x) and self.straight()
+
+    def straight(self) -> bool:
+        """Whether `through` runs the blocks one after another and nothing else."""
+        return plain(self.blocks, nn.Sequential)
+
+    def through(self, x: Tensor) -> Tensor:
+        """All blocks as the original runs them: `[B, N, D]` to `[B, N, D]`."""
+        return self.blocks(x)
+
+
+class FusedStemModel(FusedModel, FusedPatchEmbed):
+    """A model that embeds patches by a convolution of its own, without a module around it.
+
+    Attributes:
+        stem: the kernel embeds the patches, prefix tokens and position embeddings with them.
+    """
+
+    stem: bool = False
+
+    def fusable(self, pixels: Tensor) -> bool:
+        """Whether the kernel computes what the original would of these pixels."""
+        return self.stem and super().fusable(pixels)

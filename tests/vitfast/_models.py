@@ -28,7 +28,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
-                centre = 1.0 if ("norm" in name and name.endswith("weight")) or "gamma" in name else 0.0
+                norm = any(word in name for word in ("norm", "ln_", ".ln."))
+                centre = 1.0 if (norm and name.endswith("weight")) or "gamma" in name else 0.0
                 p.copy_(centre + 0.3 * noise)
             elif name.endswith("weight"):
                 p.copy_(noise / p[0].numel() ** 0.5)

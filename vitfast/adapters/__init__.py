@@ -27,10 +27,12 @@ class Swap:
     Attributes:
         fused: the class that takes its place; its `kind` is what `accelerate(only=...)` selects by.
         decline: says why a given module of the class must stay as it is, or None.
+        concerns: says whether a given module does what the fused class is for; None where all of the class do.
     """
 
     fused: type[nn.Module]
     decline: Callable[[nn.Module], str | None]
+    concerns: Callable[[nn.Module], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,13 @@ class Match:
 
 
 # first part of a class's module path -> adapter file
-_ADAPTERS = {"torch": "torch", "vitfast": "reference", "timm": "timm", "transformers": "transformers"}
+_ADAPTERS = {
+    "torch": "torch",
+    "vitfast": "reference",
+    "timm": "timm",
+    "transformers": "transformers",
+    "torchvision": "torchvision",
+}
 
 
 def around(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
@@ -112,7 +120,7 @@ def match(module: nn.Module) -> Match | None:
             return Match(of_kind, None, reason)
         else:
             swap = adapter.swaps().get(ancestor)
-        if swap is None:
+        if swap is None or not (swap.concerns is None or swap.concerns(module)):
             continue
         if ancestor is not kind:
             return Match(swap.fused.kind, None, f"unknown subclass of {ancestor.__name__}")  # type: ignore[attr-defined]

@@ -3,18 +3,168 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .. import layers
-from . import Swap
+from .. import kernels, layers
+from . import Swap, instructions
 
 
 class FusedLayerNorm(layers.FusedLayerNorm, nn.LayerNorm):
     """`torch.nn.LayerNorm` over one dimension."""
 
     replaces = nn.LayerNorm
+
+
+class FusedMultiheadAttention(layers.FusedAttention, nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` with one weight for q, k and v: self-attention without masks or weights asked for.
+
+    Tokens are `[B, N, D]`, or `[N, B, D]` without `batch_first`; `fused`, `attended` and `core` take them as they are.
+    The output projection's weights are read, as torch does: that module is never called, so its hooks never ran.
+    """
+
+    replaces = nn.MultiheadAttention
+    q_norm = k_norm = attn_drop = proj_drop = layers.IDENTITY
+    proj = layers.alias("out_proj")
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        """Of the scores."""
+        return self.head_dim**-0.5
+
+    def fusable(self) -> bool:
+        """Whether the kernel computes what torch would: it has no dropout."""
+        return not (self.training and self.dropout)
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(output, weights or None)`; what is not plain self-attention is torch's own."""
+        if layers.symbolic(query):
+            given = (key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return layers.leaf(self, query, *given)
+        if (
+            query is key is value
+            and not need_weights
+            and not is_causal
+            and key_padding_mask is None
+            and attn_mask is None
+            and query.dim() == 3
+            and not query.is_nested
+            and self.fusable()
+        ):
+            return self.fused(query), None
+        return super().forward(
+            query,
+            key,
+            value,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+
+    def attended(self, x: Tensor, **given: Any) -> Tensor:
+        """Normed tokens to merged heads."""
+        return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32), **given)
+
+    def core(self, qkv: Tensor, **given: Any) -> Tensor:
+        """`[..., 3 * H * d]` to `[..., H * d]`."""
+        if self.batch_first:
+            return super().core(qkv, **given)
+        return super().core(qkv.transpose(0, 1), **given).transpose(0, 1)
+
+    def project(self, out: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        """`residual + scale * out_proj(out)`."""
+        proj = self.out_proj
+        return kernels.linear(out, proj.weight, proj.bias, residual=residual, scale=scale, tf32=self.tf32)
+
+    def whole(self) -> bool:
+        """Whether tokens are where `first` looks for them."""
+        return self.batch_first
+
+    def plain_in(self) -> bool:
+        """Always: the projection's weights are the module's own."""
+        return True
+
+    def weights_in(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[3 * D, D]` and bias of the projection to q, k and v."""
+        return self.in_proj_weight, self.in_proj_bias
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `FusedAttention.query_key`."""
+        qkv = nn.functional.linear(x, *self.weights_in())
+        q, k, _ = self.heads(qkv if self.batch_first else qkv.transpose(0, 1))
+        return q, k, None
+
+    def limits(self) -> list[str]:
+        if not self.dropout:
+            return []
+        return [f"attention dropout {self.dropout:g}: the original forward runs in training"]
+
+
+def place(index: int) -> Any:
+    """A class attribute that names the module at a place of an `nn.Sequential`."""
+    return property(lambda self: tuple(self._modules.values())[index])
+
+
+class SequentialMlp(layers.FusedMlp, nn.Sequential):
+    """An MLP whose modules stand in a row: linear layer, activation, linear layer.
+
+    Modules are named by their places, so one with more or fewer of them is left to `nn.Sequential`.
+    """
+
+    length = 3
+    fc1 = place(0)
+    act = place(1)
+    drop1 = drop2 = layers.IDENTITY
+    fc2 = place(2)
+
+    def fusable(self) -> bool:
+        """Whether there are as many modules as there were."""
+        return len(self) == self.length
+
+    @classmethod
+    def epilogue(cls, module: nn.Module) -> str | None:
+        """The kernel's name for an activation module, or None where it has none."""
+        known = super().epilogue(module)
+        return "quick_gelu" if known is None and _is_quick_gelu(type(module)) else known
+
+
+# CLIP's, in OpenAI's package, open_clip and every copy: a class of its own in each
+def _quick_gelu(self: Any, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_known_activations: dict[Any, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _is_quick_gelu(kind: Any) -> bool:
+    # a compiler runs this rather than reading it
+    known = _known_activations.get(kind)
+    if known is None:
+        known = inspect.isfunction(kind.forward) and instructions(kind.forward) == instructions(_quick_gelu)
+        _known_activations[kind] = known
+    return known
+
+
+class FusedSequential(SequentialMlp):
+    """`nn.Sequential` of two linear layers and an activation between them."""
+
+    replaces = nn.Sequential
 
 
 def decline_layer_norm(module: Any) -> str | None:
@@ -27,13 +177,39 @@ def decline_layer_norm(module: Any) -> str | None:
     return None
 
 
+def _decline_attention(module: Any) -> str | None:
+    if module.in_proj_weight is None:
+        return "separate weights for q, k and v"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "adds a key and a value of its own (add_bias_kv, add_zero_attn)"
+    if module.head_dim > kernels.MAX_HEAD_DIM:
+        return f"head dim {module.head_dim}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
+    return None
+
+
+def _is_mlp(module: Any) -> bool:
+    if type(module) is not nn.Sequential or len(module) != SequentialMlp.length:
+        return False
+    first, act, second = module
+    return isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and SequentialMlp.epilogue(act) is not None
+
+
+def never(module: nn.Module) -> None:
+    """No reason to decline."""
+    return None
+
+
 @functools.cache
 def swaps() -> dict[type[nn.Module], Swap]:
     """Replaceable classes of torch.nn."""
-    return {nn.LayerNorm: Swap(FusedLayerNorm, decline_layer_norm)}
+    return {
+        nn.LayerNorm: Swap(FusedLayerNorm, decline_layer_norm),
+        nn.MultiheadAttention: Swap(FusedMultiheadAttention, _decline_attention),
+        nn.Sequential: Swap(FusedSequential, never, _is_mlp),
+    }
 
 
 @functools.cache
 def declined() -> dict[type[nn.Module], tuple[str, str]]:
     """Classes of torch.nn that are known and left alone."""
-    return {nn.MultiheadAttention: ("attention", "torch's nn.MultiheadAttention has no adapter")}
+    return {}
