@@ -273,7 +273,8 @@ def attention_maps(
         where they are kept.
 
     Raises:
-        ValueError: attention of the model is not known here or masked, or `layers`, `heads` or `rows` does not fit.
+        ValueError: attention of the model is not known here, is called with a mask that its adapter does not know, or
+            attends within windows; `layers`, `heads` or `rows` does not fit.
     """
     if heads is not None and heads not in HEADS:
         raise ValueError(f"heads={heads!r}; expected one of {', '.join(HEADS)} or None")
@@ -416,8 +417,8 @@ def grad_rollout(
         `[B, rows, cols]` float64, not negative, see `rollout`.
 
     Raises:
-        ValueError: attention of the model is not known here, masked, or its values come from a LoRA layer in the place
-            of a packed linear one; `target` or an option does not fit.
+        ValueError: as from `attention_maps`; values come from a LoRA layer in the place of a packed linear one;
+            `target` or an option does not fit.
     """
     _check_rollout(method, discard_ratio)
     attentions = _attentions(model)

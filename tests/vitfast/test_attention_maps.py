@@ -41,8 +41,8 @@ class _Softmax:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[Tensor] = []
 
-        def written_out(q, k, v, attn_mask=None, dropout_p=0.0, scale=None):
-            logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * scale
+        def written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+            logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * (scale or q.shape[-1] ** -0.5)
             logits = logits if attn_mask is None else logits + attn_mask
             self.seen.append(torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True))
             return self.seen[-1] @ v
@@ -185,6 +185,37 @@ def test_maps_of_transformers_are_its_eager_attentions(name: str, fused: bool) -
     assert maps.has_class_token == (name != "SiglipVision")
 
 
+def torchvision_vit() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
+    return torchvision.models.VisionTransformer(**size, num_classes=5)
+
+
+def open_clip_vit() -> nn.Module:
+    transformer = pytest.importorskip("open_clip.transformer")
+    size = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "heads": 3, "mlp_ratio": 2.0}
+    return transformer.VisionTransformer(**size, ls_init_value=0.1, output_dim=5)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "accelerated"])
+@pytest.mark.parametrize("build", [torchvision_vit, open_clip_vit], ids=["torchvision", "open_clip"])
+def test_maps_of_models_around_torchs_attention(build: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seed_weights(build(), seed=8).eval().double()
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with monkeypatch.context() as patch:
+        recorded = _Softmax(patch)
+        # with gradients, as torch's fast path calls no softmax of Python's
+        logits = model(pixels)
+    gradients = torch.autograd.grad(logits[:, 4].sum(), recorded.seen)
+    expected = _flow_by_hand(_weighted(recorded.seen, gradients), 1, (4, 4))
+    model = vitfast.accelerate(model) if fused else model
+    maps = attention_maps(model, pixels, heads=None)
+    for ours, theirs in zip(maps, recorded.seen, strict=True):
+        torch.testing.assert_close(ours, theirs.detach())
+    assert (maps.grid, maps.num_prefix_tokens, maps.has_class_token) == ((4, 4), 1, True)
+    np.testing.assert_allclose(grad_rollout(model, pixels, 4).numpy(), expected, rtol=1e-8, atol=1e-14)
+
+
 class _Hand(nn.Module):
     """A ViT as people write it, around torch's own attention, with a pooling one in front of it and one behind."""
 
@@ -254,6 +285,33 @@ def test_pooling_alone_is_refused() -> None:
     for call in (attention_maps, grad_rollout):
         with pytest.raises(ValueError, match="pool attends to other tokens than its own"):
             call(Model(), torch.randn(2, 5, 24))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "accelerated"])
+def test_masks_of_transformers_count(fused: bool) -> None:
+    if pytest.importorskip("transformers").__version__.startswith("4."):
+        pytest.skip("version 4's ViT takes no attention mask")
+    model, pixels = transformers_model("ViT"), torch.randn(2, 3, 32, 32)
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[0, 9:] = 0
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Any:
+            return self.model(x, attention_mask=mask)
+
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    theirs = eager(pixels, attention_mask=mask, output_attentions=True).attentions
+    model = vitfast.accelerate(model) if fused else model
+    for ours, expected in zip(attention_maps(Masked(), pixels, heads=None), theirs, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        assert ours[0, :, :, 9:].eq(0).all()
+    rows = attention_maps(Masked(), pixels, heads=None, rows="cls")
+    torch.testing.assert_close(rows[0], theirs[0][:, :, 0], rtol=1e-4, atol=1e-6)
 
 
 def test_tokens_behind_the_patches_are_refused() -> None:
@@ -613,16 +671,28 @@ def test_gradient_rollout_is_autograds(variant: str, fused: bool, monkeypatch: p
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "accelerated"])
-@pytest.mark.parametrize("name", ["ViT", "Dinov2"])
-def test_gradient_rollout_of_transformers_is_autograds(name: str, fused: bool) -> None:
-    model = transformers_model(name, "ForImageClassification", num_labels=5).double()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ViT", {}),
+        ("Dinov2", {}),
+        ("Beit", {"use_relative_position_bias": True}),
+        ("Beit", {"use_shared_relative_position_bias": True}),
+    ],
+    ids=["ViT", "DINOv2", "BEiT", "BEiT, shared bias"],
+)
+def test_gradient_rollout_of_transformers_is_autograds(name: str, options: dict[str, Any], fused: bool) -> None:
+    model = transformers_model(name, "ForImageClassification", num_labels=5, **options).double()
     pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     output = eager(pixels, output_attentions=True)
     gradients = torch.autograd.grad(output.logits.max(-1).values.sum(), output.attentions)
     expected = _flow_by_hand(_weighted(output.attentions, gradients), 1, (4, 4))
-    flow = grad_rollout(vitfast.accelerate(model) if fused else model, pixels)
+    model = vitfast.accelerate(model) if fused else model
+    for ours, theirs in zip(attention_maps(model, pixels, heads=None), output.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
+    flow = grad_rollout(model, pixels)
     # Transformers' eager softmax is in fp32, whatever the model is in
     np.testing.assert_allclose(flow.numpy(), expected, rtol=1e-3, atol=1e-8)
 
