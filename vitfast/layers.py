@@ -320,7 +320,7 @@ class FusedSplitAttention(FusedAttention):
 
     def attended(self, x: Tensor, **given: Any) -> Tensor:
         """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
-        if self._packs(x):
+        if packable(x, self.q_proj, self.k_proj, self.v_proj):
             return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32), **given)
         return self.mixed(*self._projected(x), **given)
 
@@ -331,26 +331,13 @@ class FusedSplitAttention(FusedAttention):
         )
         return self.q_norm(q), self.k_norm(k), v
 
-    def _packs(self, x: Tensor) -> bool:
-        return (
-            derivable(x)
-            and self.plain_in()
-            and x.dtype == self.q_proj.weight.dtype == self.k_proj.weight.dtype == self.v_proj.weight.dtype
-            and not self.q_proj.weight.is_inference()
-        )
-
     def plain_in(self) -> bool:
         """Whether the projection to q, k and v can be computed without calling a module."""
         return plain_linear(self.q_proj) and plain_linear(self.k_proj) and plain_linear(self.v_proj)
 
     def weights_in(self) -> tuple[Tensor, Tensor | None]:
-        """The three layers' weights and biases as one, derived from them; None where none has a bias."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        if all(bias is None for bias in biases):
-            return kernels.derived("packed", _pack_weights, *weights)[0], None
-        weight, bias = kernels.derived("packed", _pack, *weights, *biases)
-        return weight, bias
+        """Weight `[3 * H * d, D]` and bias of the three layers as one."""
+        return packed(self.q_proj, self.k_proj, self.v_proj)
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `FusedAttention.query_key`."""
@@ -361,6 +348,25 @@ class FusedSplitAttention(FusedAttention):
         """`limits` of the projection to q, k and v."""
         names = ("q_proj", "k_proj", "v_proj")
         return [limit for name in names for limit in _why_called(name, getattr(self, name), nn.Linear)]
+
+
+def packable(x: Tensor, *linears: Any) -> bool:
+    """Whether layers that read the same tokens may be computed as one, for these tokens."""
+    return (
+        derivable(x)
+        and all(plain_linear(linear) for linear in linears)
+        and all(linear.weight.dtype == x.dtype for linear in linears)
+        and not linears[0].weight.is_inference()
+    )
+
+
+def packed(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of three linear layers as one, derived from them; None where none has a bias."""
+    weights, biases = [linear.weight for linear in (q, k, v)], [linear.bias for linear in (q, k, v)]
+    if all(bias is None for bias in biases):
+        return kernels.derived("packed", _pack_weights, *weights)[0], None
+    weight, bias = kernels.derived("packed", _pack, *weights, *biases)
+    return weight, bias
 
 
 def _pack_weights(*weights: Tensor) -> tuple[Tensor]:
@@ -461,6 +467,8 @@ class FusedBlock(FusedLayer):
     gamma_name: ClassVar[str] = "gamma"
     drop_path_class: ClassVar[type[nn.Module]] = nn.Identity
     rate_name: ClassVar[str] = "drop_prob"
+    # whether the block makes a bias for its attention, so that the normed input does not say all
+    bias_from_block: ClassVar[bool] = False
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as the original block does."""

@@ -29,6 +29,8 @@ from transformers import (
     SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -76,6 +78,9 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "DeiT": (DeiTModel, DeiTConfig, {}),
     "DeiT with teacher": (DeiTForImageClassificationWithTeacher, DeiTConfig, {"num_labels": 7}),
     "BEiT, absolute": (BeitModel, BeitConfig, {"use_absolute_position_embeddings": True}),
+    "BEiT": (BeitModel, BeitConfig, {"use_relative_position_bias": True}),
+    "BEiT, shared": (BeitModel, BeitConfig, {"use_shared_relative_position_bias": True}),
+    "BEiT, no scale": (BeitModel, BeitConfig, {"use_relative_position_bias": True, "layer_scale_init_value": 0.0}),
     "CLIP": (CLIPVisionModel, CLIPVisionConfig, {}),
     "SigLIP": (SiglipVisionModel, SiglipVisionConfig, {}),
     "DINOv2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2, "layerscale_value": 0.3}),
@@ -101,7 +106,7 @@ def test_what_is_replaced(name):
     # version 4's BEiT writes its attention out in two classes of its own
     assert any("Attention" in kind for kind in kinds) or (V4 and "BEiT" in name), kinds
     assert V4 or any("Embeddings" in kind for kind in kinds), kinds
-    if not V4 and "BEiT" not in name:
+    if not V4:
         assert any(kind.endswith("Layer") for kind in kinds), kinds
     assert any("MLP" in kind or "Intermediate" in kind for kind in kinds) == (
         "SwiGLU" not in name and "SiLU" not in name
@@ -202,6 +207,8 @@ TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     "DeiT, dropout": ("DeiT", {"hidden_dropout_prob": 0.2}),
     "CLIP, attention dropout": ("CLIP", {"attention_dropout": 0.3}),
     "DINOv2, drop path": ("DINOv2", {"drop_path_rate": 0.4}),
+    "BEiT, drop path": ("BEiT", {"drop_path_rate": 0.4}),
+    "BEiT, dropout": ("BEiT", {"hidden_dropout_prob": 0.2}),
     "SigLIP": ("SigLIP", {}),
 }
 
@@ -320,6 +327,83 @@ def test_position_embeddings_are_resized_as_transformers_does(name, size):
             expected = str(error.value)
         else:
             assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)], ids=str)
+@pytest.mark.parametrize("interpolates", [False, True])
+def test_relative_positions_of_another_size_are_transformers_own(size, interpolates):
+    plain = make("BEiT")
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    call = lambda m, x: m(x, interpolate_pos_encoding=interpolates)  # noqa: E731
+    assert_same(plain, fused, images(2, 3, *size), call, grad=False)
+
+
+def swin(**changes: Any) -> nn.Module:
+    """Maps are 8 x 8, in shifted windows, and 4 x 4, which is one window."""
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]}
+    model = randomise(SwinModel(SwinConfig(**{**sizes, "window_size": 4, **changes}))).eval()
+    for name, parameter in model.named_parameters():
+        # a bias of the keys has no gradient but rounding
+        parameter.requires_grad_("k_proj.bias" not in name)
+    return model
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (32, 48), (40, 40)], ids=str)
+@pytest.mark.parametrize("window", [2, 4])
+def test_swin(size, window):
+    def build_eager() -> nn.Module:
+        model = swin(window_size=window)
+        # the products that the kernel's CPU path has, so that rounding is of one size
+        model.set_attn_implementation("eager")
+        return model
+
+    fused = check(build_eager, images(2, 3, *size, seed=2))
+    if not V4:
+        assert list(fused_names(fused).values()).count("FusedSwinLayer") == 4
+
+
+@pytest.mark.parametrize("changes", [{"drop_path_rate": 0.4}, {"hidden_dropout_prob": 0.2}, {}], ids=str)
+def test_swin_in_training(changes):
+    plain = swin(**changes)
+    assert_trains_alike(plain, vitfast.accelerate(copy.deepcopy(plain)), exact=False)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_swin_outputs(implementation):
+    plain = swin()
+    plain.set_attn_implementation(implementation)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        options = {"output_hidden_states": True, "output_attentions": True}
+        expected, actual = plain(x, **options), fused(x, **options)
+        assert len(actual.hidden_states) == 3
+        assert V4 or len(actual.attentions or ()) == (2 if implementation == "eager" else 0)
+        assert_close_trees(actual, expected)
+        assert_close_trees(fused(x, return_dict=False), plain(x, return_dict=False))
+        torch._dynamo.reset()
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        assert_close_trees(compiled(x).last_hidden_state, plain(x).last_hidden_state)
+
+
+def test_swin_windows_are_not_moved(monkeypatch):
+    """No roll, no partition: the map's tokens go into the kernel where they stand."""
+    if V4:
+        pytest.skip("written for version 5's layout")
+    fused = vitfast.accelerate(swin())
+    shapes = []
+    inner = kernels.window_attention
+    note = lambda qkv, *args, **kwargs: shapes.append(qkv.shape[1:3]) or inner(qkv, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(kernels, "window_attention", note)
+    fused(images(1, 3, 32, 32))
+    assert shapes == [(8, 8), (8, 8), (4, 4), (4, 4)]
+    # a padded map is Transformers' own, and so is a layer whose attention somebody watches
+    fused(images(1, 3, 40, 40))
+    assert shapes[4:] == []
+    fused.encoder.layers[0].blocks[0].attention.register_forward_hook(lambda *_: None)
+    fused(images(1, 3, 32, 32))
+    assert len(shapes) == 4 + 3
+    assert "attention has hooks or is another: the original forward runs" in str(vitfast.report(fused))
 
 
 def test_masked_patches():
@@ -506,6 +590,15 @@ def test_shared_weights_and_restore_after_training():
     assert type(restored.vit) is ViTModel
     torch.testing.assert_close(restored(x).logits, expected, rtol=1e-4, atol=1e-4)
     assert any(not torch.equal(p, before[name]) for name, p in restored.named_parameters())
+
+
+@pytest.mark.interpret
+def test_windows_and_relative_positions_in_the_kernels():
+    for plain, size in ((swin(), 32), (make("BEiT"), 32)):
+        fused = vitfast.accelerate(copy.deepcopy(plain))
+        x = images(1, 3, size, size)
+        with torch.no_grad():
+            assert_close_trees(fused(x).last_hidden_state, plain(x).last_hidden_state)
 
 
 @pytest.mark.interpret

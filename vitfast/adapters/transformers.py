@@ -86,6 +86,13 @@ class _Attention(layers.FusedSplitAttention, Rebuilt):
             return super().forward(hidden_states, attention_mask, **kwargs)
         return self.fused(hidden_states), None
 
+    def query_key(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `FusedAttention.query_key`, with the mask."""
+        q, k, _ = super().query_key(x)
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = q.new_zeros(()).masked_fill(~attention_mask, float("-inf"))
+        return q, k, attention_mask
+
     def limits(self) -> list[str]:
         limits = self.limits_in() + layers._why_called("proj", self.proj, nn.Linear)
         if name := self._other():
@@ -102,6 +109,26 @@ class ViTAttention(_Attention):
     scale = layers.alias("scaling")
     proj = layers.alias("o_proj")
     dropout_name = "attention_dropout"
+
+    # BEiT's layer hands over its table of relative positions, and the grid of patches
+
+    def core(self, qkv: Tensor, relative: tuple[Tensor, tuple[int, int]] | None = None) -> Tensor:
+        """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
+        return super().core(qkv) if relative is None else self.mixed(*self.heads(qkv), relative=relative)
+
+    def mixed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None = None,
+        relative: tuple[Tensor, tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """`[B, H, N, d]` thrice to `[B, N, H * d]`."""
+        if relative is None:
+            return super().mixed(q, k, v, bias)
+        out = kernels.relative_attention(q, k, v, *relative, self.scale, tf32=self.tf32)
+        return out.transpose(1, 2).flatten(2)
 
 
 class CLIPAttention(_Attention):
@@ -279,6 +306,152 @@ class Dinov2Layer(_Layer):
             # each model has classes of its own for these
             cls.layer_scale_class = _copy_beside(original, "dinov2.Dinov2LayerScale")
             cls.drop_path_class = _copy_beside(original, "dinov2.Dinov2DropPath")
+
+
+class BeitLayer(ViTLayer):
+    """ViT's names, `lambda_1` and `lambda_2`, a drop path behind both, and relative positions, which the kernel reads
+    from their table where the image has the size that it is made for."""
+
+    ls1 = property(lambda self: _tensor_or_none(self.lambda_1))
+    ls2 = property(lambda self: _tensor_or_none(self.lambda_2))
+    drop_path1 = drop_path2 = layers.alias("drop_path")
+    rate_name = "drop_prob"
+    bias_from_block = True
+    relative_class: type[nn.Module]
+    relative_position_bias: Any
+    dropout: Any
+    patch_size: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if original := vars(cls).get("replaces"):
+            cls.drop_path_class = _copy_beside(original, "beit.BeitDropPath")
+            cls.relative_class = _copy_beside(original, "beit.BeitRelativePositionBias")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; positions that all layers share come as a mask, and are Transformers' own."""
+        relative = self._relative(interpolate_pos_encoding, resolution)
+        if relative is False or not layers._inactive(self.dropout):
+            return super(_Layer, self).forward(  # type: ignore[misc]
+                hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs
+            )
+        return super().forward(hidden_states, attention_mask, relative=relative, **kwargs)
+
+    def _relative(self, interpolates: bool, resolution: tuple[int, int] | None) -> Any:
+        """The table and the grid; None where there is none, False where the original has to make the bias."""
+        module = self.relative_position_bias
+        if module is None:
+            return None
+        if interpolates or resolution is None or not layers.plain(module, self.relative_class):
+            return False
+        grid = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
+        # the original reads a table that is not square with its sides exchanged
+        if grid != tuple(module.window_size) or grid[0] != grid[1]:
+            return False
+        return module.relative_position_bias_table, grid
+
+    def given(self, relative: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """The table and the grid, for fused attention."""
+        return {"relative": relative}
+
+    def attend(self, x: Tensor, relative: Any = None, **kwargs: Any) -> Tensor:
+        """Call the attention as the original block does."""
+        bias = None if relative is None else self.relative_position_bias(relative[1])
+        return self.attention(x, attention_mask=bias, **kwargs)[0]
+
+
+class SwinLayer(layers.FusedBlock, Rebuilt):
+    """A layer of shifted windows: one kernel for what Transformers does by rolling, cutting and pasting the map."""
+
+    norm1 = layers.alias("layernorm_before")
+    attn = layers.alias("attention")
+    norm2 = layers.alias("layernorm_after")
+    ls1 = ls2 = layers.IDENTITY
+    drop_path1 = layers.alias("drop_path")
+    # the second branch has a dropout where the first has a drop path
+    drop_path2 = layers.alias("dropout")
+    attention_class: type[nn.Module]
+    bias_class: type[nn.Module]
+    window_size: int
+    shift_size: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if original := vars(cls).get("replaces"):
+            cls.drop_path_class = _copy_beside(original, "swin.SwinDropPath")
+            cls.attention_class = _copy_beside(original, "swin.SwinAttention")
+            cls.bias_class = _copy_beside(original, "swin.SwinRelativePositionBias")
+
+    def _undropped(self, module: nn.Module) -> bool:
+        return layers._inactive(module) or super()._undropped(module)
+
+    def _fits(self, tokens: Tensor, size: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether the kernel computes what the original would of a map of this size."""
+        attn, window = self.attention, self.window_size
+        return (
+            not layers.symbolic(tokens)
+            and not torch.jit.is_tracing()
+            # padded maps have tokens that are none; the libraries pad in different ways
+            and size[0] % window == 0
+            and size[1] % window == 0
+            and layers.plain(attn, self.attention_class)
+            and layers.plain(attn.relative_position_bias, self.bias_class)
+            # a map smaller than the window fails in the original
+            and attn.relative_position_bias.window_size == (window, window)
+            and all(layers.plain_linear(m) for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
+            and not (self.training and attn.attention_dropout)
+            and self._undropped(self.drop_path1)
+            and self._undropped(self.dropout)
+            and attn.config._attn_implementation in IMPLEMENTATIONS
+            # what hands out weights
+            and not kwargs.get("output_attentions")
+            and not (attn.config._attn_implementation == "eager" and (_collects("attentions") or layers.hooked(self)))
+        )
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: Any, always_partition: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """`[B, H * W, D]` to `([B, H * W, D], None)`."""
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        if not self._fits(hidden_states, input_dimensions, kwargs):
+            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)  # type: ignore[misc]
+        attn: Any = self.attention
+        normed = self.norm1(hidden_states)
+        parts = (attn.q_proj, attn.k_proj, attn.v_proj)
+        if layers.packable(normed, *parts):
+            qkv = kernels.linear(normed, *layers.packed(*parts), tf32=self.tf32)
+        else:
+            qkv = torch.cat([layers._linear(part, normed, None, None, self.tf32) for part in parts], dim=-1)
+        out = kernels.window_attention(
+            qkv.unflatten(1, tuple(input_dimensions)),
+            attn.num_attention_heads,
+            (self.window_size,) * 2,
+            (int(self.shift_size),) * 2,
+            attn.relative_position_bias.relative_position_bias_table,
+            attn.scaling,
+            tf32=self.tf32,
+        )
+        x = layers._linear(attn.o_proj, out.flatten(1, 2), hidden_states, None, self.tf32)
+        if self._takes_residual(self.mlp):
+            return self.mlp.fused(self.norm2(x), x), None
+        return self.mlp(self.norm2(x)) + x, None
+
+    def limits(self) -> list[str]:
+        if not layers.plain(self.attention, self.attention_class):
+            return ["attention has hooks or is another: the original forward runs"]
+        return []
+
+
+def _tensor_or_none(scale: Any) -> Tensor | None:
+    return scale if isinstance(scale, Tensor) else None
 
 
 class _PatchEmbeddings(layers.FusedPatchEmbed, Rebuilt):
@@ -560,6 +733,19 @@ _PROTOTYPES = (
         "dinov2.Dinov2Layer",
         Dinov2Layer,
         "hidden_states attention_mask norm1 attention layer_scale1 drop_path norm2 mlp layer_scale2",
+    ),
+    _Prototype(
+        "beit.BeitLayer",
+        BeitLayer,
+        "hidden_states attention_mask interpolate_pos_encoding resolution patch_size relative_position_bias"
+        " layernorm_before attention dropout lambda_1 drop_path layernorm_after mlp lambda_2",
+    ),
+    _Prototype(
+        "swin.SwinLayer",
+        SwinLayer,
+        "hidden_states input_dimensions always_partition set_shift_and_window_size layernorm_before maybe_pad"
+        " window_partition cyclic_shift window_size get_attn_mask device attention dropout window_reverse drop_path"
+        " layernorm_after mlp",
     ),
     _Prototype("vit.ViTPatchEmbeddings", ViTPatchEmbeddings, _PIXELS),
     _Prototype("vit.ViTPatchEmbeddings", SizedPatchEmbeddings, f"{_PIXELS} interpolate_pos_encoding image_size"),
