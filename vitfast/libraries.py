@@ -121,7 +121,9 @@ def _transformers(transformers: Any, name: str, img_size: int | None, weights: b
         config = transformers.AutoConfig.from_pretrained(name) if known else transformers.AutoConfig.for_model(name)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name!r} is no folder with a model of Transformers, no name of its hub and no type of model: {why}") from error
+        raise ValueError(
+            f"{name!r} is no folder with a model of Transformers, no name of its hub and no type of model: {why}"
+        ) from error
     vision = getattr(config, "vision_config", config)
     if img_size is not None:
         vision.image_size = img_size
