@@ -148,7 +148,7 @@ def test_relative_attention_of_whole_layers(through_op: None) -> None:
 def test_relative_attention_on_cpu_is_torch(dtype: torch.dtype) -> None:
     q, k, v = torch.randn(2, 16, 3, 4, 16).to(dtype).permute(2, 0, 3, 1, 4)
     table = torch.randn(5 * 9 + 3, 4).to(dtype)
-    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=timm_bias(table, (3, 5), True))
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=timm_bias(table, (3, 5), True)[None])
     assert torch.equal(relative_attention(q, k, v, table, (3, 5)), wanted)
 
 
