@@ -88,7 +88,7 @@ TRAPS: dict[int, tuple[str, list[str] | str]] = {
     ),
     14: (
         "LayerScale folded into weights has to be unfolded when they are saved",
-        "nothing is folded into weights: LayerScale is a factor in the GEMM's epilogue, and the state dict is untouched",
+        "nothing is folded into weights: LayerScale is a factor in the GEMM's epilogue, the state dict stays as it is",
     ),
     15: (
         "DropPath: DINOv2 leaves out part of the batch, timm scales each image; the same random numbers are drawn",
@@ -102,7 +102,7 @@ TRAPS: dict[int, tuple[str, list[str] | str]] = {
         ["vitfast/test_accelerate.py::test_autocast", "kernels/test_layer_norm.py::test_autocast_is_torch_s"],
     ),
     17: (
-        "a CUDA graph's outputs are overwritten by its next run; regions compiled alone do not compose with graph trees",
+        "a CUDA graph's outputs are overwritten by its next run; regions compiled alone and graph trees do not compose",
         [
             "vitfast/test_graphs.py::test_outputs_are_the_callers",
             "vitfast/test_graphs.py::test_composes_with_compile",
