@@ -57,6 +57,7 @@ _ADAPTERS = {
     "timm": "timm",
     "transformers": "transformers",
     "torchvision": "torchvision",
+    "open_clip": "open_clip",
 }
 
 
