@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ def register(*libraries: str) -> None:
     with `output_attentions=True` gets the probabilities. A query that may see no key gives zeros. Two models that were
     made of one config object share it: setting the implementation of one sets the other's.
 
+    "timm": `timm.create_model("vitfast_vit_base_patch16_224")` builds `vitfast.create_model("vit_base_patch16_224")`,
+    not accelerated, with timm's arguments, checkpoints and image settings; so for each name that both have.
+
     Args:
-        libraries: some of "transformers"; default that.
+        libraries: some of "transformers" and "timm"; default "transformers".
 
     Raises:
         ValueError: an unknown library.
@@ -149,4 +153,9 @@ def _explicit(
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
-_REGISTER = {"transformers": _transformers}
+def _timm() -> None:
+    # once imported, its names are there
+    importlib.import_module(".timm_models", __package__)
+
+
+_REGISTER = {"transformers": _transformers, "timm": _timm}

@@ -409,7 +409,7 @@ def test_compiled_whole(name: str, given: dict[str, Any]) -> None:
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="unknown library 'flax'; expected some of transformers"):
+    with pytest.raises(ValueError, match="unknown library 'flax'; expected some of transformers, timm"):
         vitfast.register("flax")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"vitfast\[transformers\]"):
