@@ -26,19 +26,24 @@ LIBRARIES = {
 
 HEAD = f"""# What is supported
 
-This page is written by a run of `{COMMAND}`; nothing here is typed by hand.
+Written by `{COMMAND}`; nothing here is typed by hand.
 Each architecture is the library's own class with its own options, of two blocks or two stages, with random weights and
 images of a few patches, in fp32 on a CPU. Each {PROVED} is a test in
-[tests/vitfast/test_support.py](../tests/vitfast/test_support.py) that compares the accelerated model with the untouched
-one under [the tolerance rule](../vitfast/parity.py), and every run of the tests holds this page to what they find.
+[tests/vitfast/test_support.py](../tests/vitfast/test_support.py) that holds the accelerated model to the untouched one
+under [the tolerance rule](../vitfast/parity.py), and every run of the tests holds this page to what they find.
+For a model at hand, `vitfast.report(model)` says what is replaced and why the rest is not.
 
 | column | {PROVED} proves |
 |---|---|
 """
 
 LEGEND = f"""
-{NOT_APPLICABLE}: the library's own model cannot do it, or it has no meaning there; the last column says which.
-{LEFT_ALONE}: neither attention nor blocks are replaced, so nothing is claimed; the model works as before (tested).
+"{REPLACED}" names the kinds of modules that are (`accelerate(only=...)`), "{NOTES}" what is left to the library and why;
+of a model with a text tower, in its image tower.
+
+- {NOT_APPLICABLE}: the library's own model cannot do it, or it has no meaning there, as "{NOTES}" says.
+- {LEFT_ALONE}: neither attention nor blocks are replaced, so there is nothing to prove. That the model works as before
+  is tested all the same.
 """
 
 
@@ -86,7 +91,8 @@ def read(page: str) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, str
     for library, (title, _) in LIBRARIES.items():
         section = page.partition(f"\n## {title}")[2].partition("\n## ")[0]
         versions[library], *lines = section.splitlines() or [""]
-        header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")] or ([], [])
+        # cells may be empty, so the frame is cut off and not stripped
+        header, _, *rows = [line[2:-2].split(" | ") for line in lines if line.startswith("|")] or ([], [])
         tables[library] = {row[0].strip("`"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
     return tables, {name: made.strip() for name, made in versions.items()}
 
