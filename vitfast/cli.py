@@ -78,6 +78,7 @@ def _shared(seed_of: str, precision: str) -> _Parser:
 
 def _parser() -> _Parser:
     from . import __version__
+    from .layers import KINDS
 
     common = _Parser(add_help=False)
     # suppressed, so that a subparser's default does not undo what stood before the subcommand
@@ -125,6 +126,17 @@ def _parser() -> _Parser:
     parity.add_argument("--img-size", type=_positive, metavar="N", help="image size (default: the model's own)")
     parity.add_argument("--all", action="store_true", help="one line per module instead of one per kind")
     parity.set_defaults(run=_parity)
+
+    report = commands.add_parser(
+        "report",
+        help="which modules of a model would be replaced, and why the others not",
+        description="Which modules of a model would be replaced, by what, and why the others not. No weights are read "
+        "and no memory is taken for them; of a hub's model the configuration alone is downloaded.",
+        parents=[common],
+    )
+    report.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    report.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND", help=f"some of {', '.join(KINDS)}")
+    report.set_defaults(run=_report)
 
     attend = commands.add_parser(
         "attend",
@@ -272,6 +284,24 @@ def _parity(options: argparse.Namespace) -> int:
     print(f"{options.model}, {source}, {result.precision} on {result.device}, random pixels {shape}")
     print(result.table(each=options.all))
     return 0 if result.ok else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import accelerate, create_model, list_models, report
+    from .libraries import build, library_of
+
+    with torch.device("meta"):
+        if options.model in list_models() or library_of(options.model) is None:
+            # for an unknown name this raises, with the close ones
+            model: torch.nn.Module = create_model(options.model)
+        else:
+            model = build(options.model, weights=False)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{options.model}: {type(model).__name__} of {type(model).__module__}, {count / 1e6:.1f} M parameters")
+    print(report(accelerate(model, only=options.only)))
+    return 0
 
 
 def _attend(options: argparse.Namespace) -> int:

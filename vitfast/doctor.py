@@ -25,12 +25,32 @@ from .kernels._triton import HAS_TRITON
 # distribution, module, what vitfast has from it, how to get it
 _OPTIONAL = (
     ("timm", "timm", "its Vision Transformers can be accelerated", 'pip install "vitfast[timm]"'),
-    ("transformers", "transformers", "models that hold known modules", 'pip install "vitfast[transformers]"'),
-    ("torchvision", "torchvision", "timm imports it", 'pip install "vitfast[torchvision]", of the same build as torch'),
-    ("open_clip_torch", "open_clip", "models that hold known modules", 'pip install "vitfast[open-clip]"'),
+    (
+        "transformers",
+        "transformers",
+        'its vision models can be accelerated; attn_implementation="vitfast"',
+        'pip install "vitfast[transformers]"',
+    ),
+    (
+        "torchvision",
+        "torchvision",
+        "its ViT and Swin can be accelerated; timm imports it",
+        'pip install "vitfast[torchvision]", of the same build as torch',
+    ),
+    ("open_clip_torch", "open_clip", "its vision towers can be accelerated", 'pip install "vitfast[open-clip]"'),
     ("matplotlib", "matplotlib", "carries the demo's photograph", 'pip install "vitfast[dev]", or demo --image FILE'),
-    ("flash-attn", "flash_attn", "to compare with", 'pip install "vitfast[flash-attn]", beside a CUDA build of torch'),
-    ("xformers", "xformers", "to compare with", 'pip install "vitfast[xformers]", beside a CUDA build of torch'),
+    (
+        "flash-attn",
+        "flash_attn",
+        'accelerate(attention="flash_attn"); to compare with',
+        'pip install "vitfast[flash-attn]", beside a CUDA build of torch',
+    ),
+    (
+        "xformers",
+        "xformers",
+        'accelerate(attention="xformers"); to compare with',
+        'pip install "vitfast[xformers]", beside a CUDA build of torch',
+    ),
 )
 
 _DRIVER = Path("/proc/driver/nvidia/version")

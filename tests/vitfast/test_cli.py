@@ -60,7 +60,7 @@ def one_error(err: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("demo",), ("parity",), ("attend",), ("doctor",), ("bench",), ("bench", "compare")],
+    [(), ("demo",), ("parity",), ("report",), ("attend",), ("doctor",), ("bench",), ("bench", "compare")],
     ids=lambda command: " ".join(("vitfast", *command)),
 )
 def test_help_says_what_there_is(capsys, command) -> None:
@@ -68,9 +68,10 @@ def test_help_says_what_there_is(capsys, command) -> None:
     assert (status, err) == (0, "")
     assert out.startswith("usage: vitfast")
     wanted = {
-        (): ("demo", "parity", "attend", "doctor", "exit status"),
+        (): ("demo", "parity", "report", "attend", "doctor", "exit status"),
         ("demo",): ("--image", "--weights", "--precision", "--out", "--seed", "--device"),
         ("parity",): ("MODEL", "--precision", "--batch"),
+        ("report",): ("MODEL", "--only KIND", "timm:NAME"),
         ("attend",): ("IMAGE", "--model MODEL", "--out FILE", "--layers", "--heads LAYER", "--rollout", "--weights"),
         ("doctor",): ("broken",),
         ("bench",): (
@@ -106,6 +107,11 @@ def test_version(capsys) -> None:
         (["parity", "vit_test", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["parity", "vit_test", "--img-size", "33", "--device", "cpu"], "33x33"),
         (["demo", "--model", "vit_test", "--image", "nowhere.jpg"], "nowhere.jpg"),
+        (["report"], "MODEL"),
+        (["report", "vit_tiny_patch16_22"], "'vit_tiny_patch16_224'"),
+        (["report", "timm:vit_tiny_patch16_22"], "timm has no model 'vit_tiny_patch16_22'; close matches: vit_tiny_"),
+        (["report", "transformers:vitt"], "'vitt' is no folder with a model of Transformers"),
+        (["report", "vit_test", "--only", "fc1"], "'fc1'"),
         (["attend", "nowhere.jpg", "--model", "vit_test", "--out", "map.png"], "nowhere.jpg"),
         (["attend", PHOTO, "--model", "vit_test"], "--out"),
         (["attend", PHOTO, "--model", "vit_test", "--out", "map.txt"], "'map.txt'; expected the name of a picture"),
@@ -164,6 +170,47 @@ def test_parity_reads_a_checkpoint(capsys, tmp_path) -> None:
     assert status == 0
     assert f"weights of {file}" in out
     assert "seeded" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "replaced", "kept"),
+    [
+        ("vit_base_patch16_224", "VisionTransformer of vitfast.model", "FusedReferenceBlock", None),
+        ("timm:vit_base_patch16_224", "VisionTransformer of timm.models.vision_transformer", "FusedTimmBlock", None),
+        (
+            "vit_base_patch16_rpn_224",
+            "VisionTransformer of timm.",
+            "FusedTimmAttention",
+            "not the plain pre-norm block",
+        ),
+        ("transformers:vit", "ViTModel of transformers.", "FusedViTLayer", None),
+        ("resnet18", "ResNet of timm.", None, None),
+    ],
+)
+def test_report_says_what_would_be_replaced_and_why_not(name, kind, replaced, kept, capsys) -> None:
+    status, out, err = run(capsys, "report", name)
+    assert (status, err) == (0, "")
+    first, *table, last = out.splitlines()
+    assert first.startswith(f"{name}: {kind}")
+    assert re.search(r" \d+\.\d M parameters$", first)
+    assert any(replaced in line for line in table) if replaced else last == "0 modules replaced, 0 kept"
+    assert any(kept in line for line in table) if kept else last.endswith(", 0 kept")
+
+
+def test_report_of_a_folder_reads_no_weights(capsys, tmp_path) -> None:
+    from transformers import CLIPVisionConfig
+
+    CLIPVisionConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96).save_pretrained(
+        tmp_path
+    )
+    # the only weights there are none that could be read
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    status, out, _ = run(capsys, "report", str(tmp_path), "--only", "mlp")
+    assert status == 0
+    assert out.startswith(f"{tmp_path}: CLIPVisionModel of transformers.models.clip.modeling_clip")
+    assert "FusedCLIPMLP" in out
+    assert "could be replaced, is not switched on" in out
+    assert "\n2 modules replaced, " in out
 
 
 @pytest.mark.parametrize(("problems", "status"), [((), 0), (("no compiler: get one",), 1)], ids=["whole", "broken"])
