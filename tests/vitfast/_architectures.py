@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.vitfast import _dinov2 as _dinov2_copy
 from tests.vitfast._models import randomise, timm_model
 from vitfast import create_model
 
@@ -302,6 +303,29 @@ def _open_clip_timm() -> Architecture:
     return Architecture("open_clip", "TimmModel of test_vit", build, (32, 48), (_forward,), _OC_HIDDEN)
 
 
+# DINOv2: its repository's classes, which are no package, by a copy of their structure
+
+_DINO_CALLS: tuple[Call, ...] = (
+    _forward,
+    lambda model, x: model(x, is_training=True),
+    lambda model, x: model.forward_features(x, masks=(torch.arange(6, device=x.device) % 2 == 0).expand(len(x), -1)),
+)
+_DINO_HIDDEN: tuple[Call, ...] = (
+    lambda model, x: model.get_intermediate_layers(x, 2),
+    lambda model, x: model.get_intermediate_layers(x, [0], reshape=True, return_class_token=True, norm=False),
+)
+
+
+def _dinov2(name: str, **options: Any) -> Architecture:
+    def build() -> nn.Module:
+        kind = _dinov2_copy.DinoVisionTransformer
+        model = kind(img_size=42, patch_size=14, embed_dim=128, num_heads=2, init_values=1.0, **options)
+        return randomise(model).eval()
+
+    # positions are resized to it
+    return Architecture("dinov2", name, build, (28, 42), _DINO_CALLS, _DINO_HIDDEN)
+
+
 ARCHITECTURES = (
     _reference("vit_base_patch16_224"),
     _reference("vit_huge_patch14_224", head=80),
@@ -398,4 +422,8 @@ ARCHITECTURES = (
     _open_clip("coca_ViT-B-32"),
     _open_clip_both(),
     _open_clip_timm(),
+    _dinov2("dinov2_vitb14"),
+    _dinov2("dinov2_vitb14_reg", num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0),
+    _dinov2("dinov2_vitg14", ffn_layer=_dinov2_copy.SwiGLUFFN),
+    _dinov2("DinoVisionTransformer in two chunks", block_chunks=2),
 )

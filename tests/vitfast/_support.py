@@ -15,13 +15,14 @@ REPLACED, NOTES = "replaced", "notes"
 # what a check can find
 PROVED, NOT_APPLICABLE, LEFT_ALONE, BROKEN = "✓", "n/a", "–", "✗"
 
-# a table for each, and the package whose version matters
+# a table for each, and the package, where there is one, whose version matters
 LIBRARIES = {
     "vitfast": ("The reference", None),
     "timm": ("timm", "timm"),
     "transformers": ("Transformers", "transformers"),
     "torchvision": ("torchvision", "torchvision"),
     "open_clip": ("open_clip", "open_clip_torch"),
+    "dinov2": ("DINOv2's repository, whose classes are copied in structure", None),
 }
 
 HEAD = f"""# What is supported
@@ -38,8 +39,8 @@ For a model at hand, `vitfast.report(model)` says what is replaced and why the r
 """
 
 LEGEND = f"""
-"{REPLACED}" names the kinds of modules that are (`accelerate(only=...)`), "{NOTES}" what is left to the library and why;
-of a model with a text tower, in its image tower.
+"{REPLACED}" names the kinds of modules that are (`accelerate(only=...)`), "{NOTES}" what is left to the library
+and why; of a model with a text tower, in its image tower.
 
 - {NOT_APPLICABLE}: the library's own model cannot do it, or it has no meaning there, as "{NOTES}" says.
 - {LEFT_ALONE}: neither attention nor blocks are replaced, so there is nothing to prove. That the model works as before
