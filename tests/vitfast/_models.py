@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -57,6 +62,44 @@ def timm_deit(**changes: Any) -> nn.Module:
     return randomise(VisionTransformerDistilled(**{**TINY, **changes})).eval()
 
 
+def timm_beit(separate: bool = False, **changes: Any) -> nn.Module:
+    """timm's `Beit` with a table in each block; with `separate`, biases are added behind the qkv layer."""
+    options = {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 0.1}
+    model = _with_key_biases(randomise(Beit(**{**TINY, **options, **changes})))
+    for block in model.blocks:
+        block.attn.qkv_bias_separate = separate
+    return model.eval()
+
+
+def timm_eva(**changes: Any) -> nn.Module:
+    """timm's `Eva` with rotated tokens and heads 16 wide, in evaluation mode."""
+    return _with_key_biases(randomise(Eva(**{**TINY, "embed_dim": 64, "use_rot_pos_emb": True, **changes}))).eval()
+
+
+def timm_swin(version: int = 1, **changes: Any) -> nn.Module:
+    """timm's `SwinTransformer` or the second version's, in evaluation mode.
+
+    Maps are 6 x 8, shifted by (1, 1), and 3 x 4, which is one window high and shifted along its width alone.
+    """
+    options = {"img_size": (24, 32), "patch_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+    kind = SwinTransformerV2 if version == 2 else SwinTransformer
+    model = randomise(kind(**{**options, "num_classes": 7, "window_size": (3, 2), "drop_path_rate": 0.0, **changes}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("logit_scale"):
+            # around what training starts from; the last head's is cut off
+            parameter.data = math.log(10.0) + parameter.data
+            parameter.data[-1] = 5.0
+    return _with_key_biases(model).eval()
+
+
+def _with_key_biases(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(getattr(module, "k_bias", None), Tensor):
+            # zero in practice, yet it is what timm adds
+            module.k_bias.copy_(images(*module.k_bias.shape, seed=5))
+    return model
+
+
 def timm_model(name: str, **changes: Any) -> nn.Module:
     """A registered model of timm, in evaluation mode."""
     return randomise(timm.create_model(name, **changes)).eval()
@@ -73,6 +116,16 @@ def fused_names(model: nn.Module) -> dict[str, str]:
 def kept_reasons(model: nn.Module) -> dict[str, str]:
     """Note of each module that the report lists as not replaced, by the module's name."""
     return {row.module: row.note for row in vitfast.report(model).kept}
+
+
+def hook_all(model: nn.Module) -> list[tuple[str, tuple[Any, ...], dict[str, Any], Any]]:
+    """Give every module a hook; its name, arguments, keywords and output are appended to the list in each call."""
+    seen: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda m, args, kwargs, out, name=name: seen.append((name, args, kwargs, out)), with_kwargs=True
+        )
+    return seen
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -131,6 +184,26 @@ def assert_same(
     assert actual.keys() == baseline.keys() == exact.keys()
     for name, value in actual.items():
         assert_close(value, exact[name], baseline[name], name=name)
+
+
+def assert_equal(
+    plain: nn.Module,
+    fused: nn.Module,
+    x: Tensor,
+    call: Callable[..., Any] = forward,
+    *,
+    train: bool = False,
+) -> None:
+    """Hold the accelerated model to the plain one in fp64: outputs and gradients, and outputs to the rule in fp32.
+
+    For models with gradients of few numbers (Swin-V2's scale of a head), whose rounding in fp32 is a matter of luck.
+    """
+    actual, expected = (run(copy.deepcopy(m).double(), call, x.double(), train=train) for m in (fused, plain))
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+    if not train:
+        assert_same(plain, fused, x, call, grad=False)
 
 
 def check(

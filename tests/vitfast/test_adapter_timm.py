@@ -13,22 +13,25 @@ import timm
 import torch
 from timm.layers import Attention, LayerNorm, LayerNormFp32, Mlp, RmsNorm, SwiGLU, SwiGLUPacked, set_fused_attn
 from timm.models import vision_transformer
-from timm.models.beit import Beit
-from timm.models.eva import Eva, EvaAttention
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vitfast
 from tests.vitfast._models import (
-    TINY,
+    assert_equal,
     assert_same,
     check,
     fused_names,
+    hook_all,
     images,
     kept_reasons,
     randomise,
+    timm_beit,
     timm_deit,
+    timm_eva,
     timm_model,
+    timm_swin,
     timm_vit,
 )
 
@@ -520,18 +523,6 @@ def test_a_patch_embedding_of_another_layout_is_declined():
     assert_same(plain, fused, images(2, 3, 32, 32))
 
 
-def beit(separate: bool = False, **changes: Any) -> nn.Module:
-    """timm's `Beit` with a table in each block; with `separate`, biases are added behind the qkv layer."""
-    options = {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 0.1}
-    model = randomise(Beit(**{**TINY, **options, **changes}))
-    for block in model.blocks:
-        block.attn.qkv_bias_separate = separate
-        if block.attn.k_bias is not None:
-            # zero in practice, yet it is what timm adds
-            block.attn.k_bias.copy_(images(48, seed=5))
-    return model.eval()
-
-
 BEIT = {
     "table": {},
     "shared": {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
@@ -557,7 +548,7 @@ BEIT_DROPOUTS = {
 
 @pytest.mark.parametrize("option", BEIT)
 def test_beit(option):
-    fused = check(beit, images(2, 3, 24, 32), **BEIT[option])
+    fused = check(timm_beit, images(2, 3, 24, 32), **BEIT[option])
     assert fused_names(fused)["blocks.1"] == "FusedTimmBeitBlock"
     assert fused_names(fused)["blocks.1.attn"] == "FusedTimmBeitAttention"
 
@@ -565,11 +556,11 @@ def test_beit(option):
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("option", BEIT_DROPOUTS)
 def test_beit_dropout(option, train):
-    check(beit, images(4, 3, 24, 32), train=train, **BEIT_DROPOUTS[option])
+    check(timm_beit, images(4, 3, 24, 32), train=train, **BEIT_DROPOUTS[option])
 
 
 def test_beit_reads_the_table_inside_the_kernel(monkeypatch):
-    model = vitfast.accelerate(beit())
+    model = vitfast.accelerate(timm_beit())
     x = images(2, 3, 24, 32)
     expected = model(x)
     for block in model.blocks:
@@ -581,20 +572,11 @@ def test_beit_reads_the_table_inside_the_kernel(monkeypatch):
 
 
 def test_beit_of_another_size():
-    plain = beit(use_shared_rel_pos_bias=True)
+    plain = timm_beit(use_shared_rel_pos_bias=True)
     fused = vitfast.accelerate(copy.deepcopy(plain))
     for model in (plain, fused):
         model.set_input_size(img_size=(16, 48))
     assert_same(plain, fused, images(2, 3, 16, 48))
-
-
-def eva(**changes: Any) -> nn.Module:
-    """timm's `Eva` with rotated tokens, heads 16 wide."""
-    model = randomise(Eva(**{**TINY, "embed_dim": 64, "use_rot_pos_emb": True, **changes}))
-    for module in model.modules():
-        if getattr(module, "k_bias", None) is not None:
-            module.k_bias.copy_(images(64, seed=5))
-    return model.eval()
 
 
 EVA = {
@@ -624,7 +606,7 @@ EVA = {
 
 @pytest.mark.parametrize("option", EVA)
 def test_eva(option):
-    fused = check(eva, images(2, 3, 24, 32), **EVA[option])
+    fused = check(timm_eva, images(2, 3, 24, 32), **EVA[option])
     names = fused_names(fused)
     kind = "FusedTimmAttentionRope" if "AttentionRope" in option else "FusedTimmEvaAttention"
     assert names.get("blocks.1.attn") == (None if option == "grouped queries" else kind)
@@ -642,11 +624,11 @@ DECLINED_EVA = {
 @pytest.mark.parametrize("option", DECLINED_EVA)
 def test_what_eva_declines_is_reported(option):
     name, reason = DECLINED_EVA[option]
-    assert kept_reasons(vitfast.accelerate(eva(**EVA[option])))[name] == reason
+    assert kept_reasons(vitfast.accelerate(timm_eva(**EVA[option])))[name] == reason
 
 
 def test_gated_eva_attention_is_declined():
-    plain = eva()
+    plain = timm_eva()
     for block in plain.blocks:
         block.attn = EvaAttention(64, 4, norm_layer=LayerNorm, gated=True)
     fused = vitfast.accelerate(copy.deepcopy(randomise(plain).eval()))
@@ -658,17 +640,17 @@ def test_gated_eva_attention_is_declined():
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_eva_dropout(option, train):
     rates = {"proj_drop_rate": 0.2, "drop_path_rate": 0.4, "pos_drop_rate": 0.2, "patch_drop_rate": 0.3}
-    check(eva, images(4, 3, 24, 32), train=train, **rates, **EVA[option])
-    check(eva, images(4, 3, 24, 32), train=train, attn_drop_rate=0.3, **EVA[option])
+    check(timm_eva, images(4, 3, 24, 32), train=train, **rates, **EVA[option])
+    check(timm_eva, images(4, 3, 24, 32), train=train, attn_drop_rate=0.3, **EVA[option])
 
 
 def test_eva_dynamic_image_size():
-    check(eva, images(2, 3, 48, 16), dynamic_img_size=True)
+    check(timm_eva, images(2, 3, 48, 16), dynamic_img_size=True)
 
 
 @pytest.mark.parametrize("mask", ["bool mask", "additive mask", "causal", "masked attention"])
 def test_eva_masks(mask):
-    check(eva, images(2, 3, 24, 32), MASKS[mask], init_values=0.3)
+    check(timm_eva, images(2, 3, 24, 32), MASKS[mask], init_values=0.3)
 
 
 def test_hybrids_keep_their_stem():
@@ -687,10 +669,12 @@ def test_hybrids_keep_their_stem():
 
 
 FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    "BEiT": (beit, {}),
-    "BEiT, shared": (beit, {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
-    "EVA": (eva, {"scale_mlp": True, "swiglu_mlp": True}),
-    "EVA, three layers": (eva, {"qkv_fused": False, "init_values": 0.3}),
+    "BEiT": (timm_beit, {}),
+    "BEiT, shared": (timm_beit, {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
+    "EVA": (timm_eva, {"scale_mlp": True, "swiglu_mlp": True}),
+    "EVA, three layers": (timm_eva, {"qkv_fused": False, "init_values": 0.3}),
+    "Swin": (timm_swin, {}),
+    "Swin-V2": (timm_swin, {"version": 2}),
 }
 
 
@@ -701,9 +685,17 @@ def family(request) -> tuple[nn.Module, nn.Module]:
     return plain, vitfast.accelerate(copy.deepcopy(plain))
 
 
-@pytest.mark.parametrize("call", [name for name in CALLS if name.startswith("forward") and name.count(",") < 1])
+FAMILY_CALLS = {
+    "forward_features": lambda model, x: model.forward_features(x),
+    "forward_head": lambda model, x: model.forward_head(model.forward_features(x), pre_logits=True),
+    "forward_intermediates": lambda model, x: model.forward_intermediates(x, norm=True),
+    "forward_intermediates, stop early": lambda model, x: model.forward_intermediates(x, [0], stop_early=True),
+}
+
+
+@pytest.mark.parametrize("call", FAMILY_CALLS)
 def test_feature_interfaces_of_other_families(family, call):
-    assert_same(*family, images(2, 3, 24, 32), CALLS[call])
+    assert_equal(*family, images(2, 3, 24, 32), FAMILY_CALLS[call])
 
 
 def test_features_only_of_other_families():
@@ -718,17 +710,7 @@ def test_features_only_of_other_families():
 def test_gradient_checkpointing_of_other_families(family):
     for model in family:
         model.set_grad_checkpointing(True)
-    assert_same(*family, images(4, 3, 24, 32), train=True)
-
-
-def hook_all(model: nn.Module) -> list[tuple[str, tuple[Any, ...], dict[str, Any], Any]]:
-    """Give every module a hook; what they see is appended to the list."""
-    seen: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
-    for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda m, args, kwargs, out, name=name: seen.append((name, args, kwargs, out)), with_kwargs=True
-        )
-    return seen
+    assert_equal(*family, images(4, 3, 24, 32), train=True)
 
 
 def test_hooks_of_other_families_see_the_same(family):
@@ -752,7 +734,7 @@ def test_copies_of_other_families(family):
         torch.testing.assert_close(other(x), fused(x))
     fused.load_state_dict(plain.state_dict())
     plain.load_state_dict(fused.state_dict())
-    assert_same(plain, fused, x)
+    assert_equal(plain, fused, x)
 
 
 def test_one_graph_of_other_families(family):

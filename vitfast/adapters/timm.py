@@ -260,6 +260,9 @@ class FusedTimmBeitAttention(_PartBias, beit.Attention):
         q, k, v = self.heads(qkv)
         if bias is not None or self.attention_backend not in ("auto", "triton"):
             return self.mixed(q, k, v, self._summed(bias))
+        if layers.derivable(table) and not table.is_inference():
+            # the kernel reads one head's column at a time
+            table = kernels.derived("columns", _columns, table)[0]
         out = kernels.relative_attention(q, k, v, table, tuple(self.window_size), self.scale, tf32=self.tf32)
         return out.transpose(1, 2).flatten(2)
 
@@ -279,6 +282,10 @@ class FusedTimmBeitAttention(_PartBias, beit.Attention):
         if layers.symbolic(x) or not self.fusable():
             return super().forward(x, shared_rel_pos_bias)
         return self.fused(x, bias=shared_rel_pos_bias)
+
+
+def _columns(table: Tensor) -> tuple[Tensor]:
+    return (table.t().contiguous().t(),)
 
 
 class FusedTimmBeitBlock(layers.FusedBlock, beit.Block):
@@ -320,7 +327,7 @@ class _RotaryAttention(_PartBias, layers.FusedSplitAttention):
         """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
         if self.qkv is not None:
             return self.core(self.packed(x), rope)
-        if self._packs(x):
+        if layers.packable(x, self.q_proj, self.k_proj, self.v_proj):
             return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32), rope)
         return self.turned(*self._projected(x), rope)
 
@@ -416,8 +423,9 @@ class _WindowAttention(layers.FusedAttention):
 
     def fusable(self) -> bool:
         """Whether the kernel computes what the original would."""
-        # dropout of the windows' tokens draws in another order than that of the map's
-        return super().fusable() and layers._inactive(self.proj_drop) and layers.plain(self.softmax, nn.Softmax)
+        # hooks shall see windows, and dropout of their tokens draws in another order than that of the map's
+        called = (self.qkv, self.softmax, self.proj)
+        return super().fusable() and layers._inactive(self.proj_drop) and not any(map(layers.hooked, called))
 
     def packed(self, x: Tensor) -> Tensor:
         """Normed `[..., D]` to q, k and v `[..., 3 * H * d]`."""
@@ -433,10 +441,8 @@ class _WindowAttention(layers.FusedAttention):
 
     def attended(self, x: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:  # type: ignore[override]
         """Normed map `[B, H, W, D]` to the heads' `[B, H, W, H * d]`."""
-        qkv = self.packed(x)
-        window = tuple(self.window_size)
         return kernels.window_attention(
-            qkv, self.num_heads, window, tuple(shift), self.table(), self.scales(), tf32=self.tf32
+            self.packed(x), self.num_heads, self.window_size, shift, self.table(), self.scales(), tf32=self.tf32
         )
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -451,11 +457,14 @@ class _WindowAttention(layers.FusedAttention):
         return self.fused(x.unflatten(1, (height, width))).flatten(1, 2)
 
     def limits(self) -> list[str]:
-        limits = super().limits()
-        if layers.hooked(self.softmax):
-            limits.append("softmax has hooks: the original forward runs")
-        if rate := getattr(self.proj_drop, "p", 0.0):
-            limits.append(f"dropout {rate:g} of windows: the original forward runs in training")
+        names = ("qkv", "attn_drop", "softmax", "proj", "proj_drop")
+        hooked = [name for name in names if layers.hooked(getattr(self, name))]
+        limits = [f"{name} has hooks: the original forward runs" for name in hooked]
+        if not hooked:
+            limits = self.limits_in() + layers._why_called("proj", self.proj, nn.Linear)
+        for what, drop in (("attention dropout", self.attn_drop), ("dropout of windows", self.proj_drop)):
+            if rate := getattr(drop, "p", 0.0):
+                limits.append(f"{what} {rate:g}: the original forward runs in training")
         return limits
 
 
@@ -643,9 +652,13 @@ def swaps() -> dict[type[nn.Module], Swap]:
         timm.layers.AttentionRope: Swap(FusedTimmAttentionRope, _decline_rotary),
         beit.Attention: Swap(FusedTimmBeitAttention, _decline_merged),
         eva.EvaAttention: Swap(FusedTimmEvaAttention, _decline_rotary),
+        swin_transformer.WindowAttention: Swap(FusedTimmWindowAttention, _decline_merged),
+        swin_transformer_v2.WindowAttention: Swap(FusedTimmWindowAttentionV2, _decline_merged),
         vision_transformer.Block: Swap(FusedTimmBlock, _never),
         beit.Block: Swap(FusedTimmBeitBlock, _never),
         eva.EvaBlock: Swap(FusedTimmEvaBlock, _never),
+        swin_transformer.SwinTransformerBlock: Swap(FusedTimmSwinBlock, _never),
+        swin_transformer_v2.SwinTransformerV2Block: Swap(FusedTimmSwinV2Block, _never),
         vision_transformer.VisionTransformer: Swap(FusedTimmVisionTransformer, _never),
         deit.VisionTransformerDistilled: Swap(FusedTimmVisionTransformerDistilled, _never),
     }
