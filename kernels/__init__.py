@@ -29,6 +29,7 @@ if __name__ == "vitfast.kernels":
         row_stats_ref,
     )
     from .patch_embed import patch_embed, patch_embed_ref
+    from .window_attention import window_attention, window_attention_ref
 else:
     # with the repository root on `sys.path` a bare `import kernels` finds this folder, whose name belongs to another
     # PyPI package. Libraries probe for that one without a `try`; a module without file and version counts as absent
@@ -66,4 +67,6 @@ __all__ = [
     "release",
     "row_stats",
     "row_stats_ref",
+    "window_attention",
+    "window_attention_ref",
 ]

@@ -26,7 +26,7 @@ C = TypeVar("C")
 
 _FOLDER = Path(__file__).parent / "configs"
 
-BATCHED_SIZES = ("m", "rows", "patches")
+BATCHED_SIZES = ("m", "rows", "patches", "windows")
 """Sizes that grow with the batch; a key that can be near another one starts with one of them."""
 
 NEAR = 2.0

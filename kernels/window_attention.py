@@ -127,7 +127,7 @@ def _regions(tokens, top, left, shift_h, shift_w, H, W, WW: tl.constexpr):
     # [tokens]: 0 to 3, by the edges of the map that they were rolled past
     below = top + tokens // WW >= H - shift_h
     right = left + tokens % WW >= W - shift_w
-    return below.to(tl.int32) * 2 + right.to(tl.int32)
+    return tl.where(below, 2, 0) + tl.where(right, 1, 0)
 
 
 @triton.jit
@@ -149,8 +149,8 @@ def _bias(
     # [BLOCK_M, BLOCK_S] in base 2: log2(e) * (table + mask), -inf past the last key
     N: tl.constexpr = WH * WW
     LAST: tl.constexpr = (WH - 1) * (2 * WW - 1) + WW - 1
-    of_query = (queries // WW * (2 * WW - 1) + queries % WW + LAST).to(tl.int64) * stride_row
-    of_key = (keys // WW * (2 * WW - 1) + keys % WW).to(tl.int64) * stride_row
+    of_query = (queries // WW * (2 * WW - 1) + queries % WW + LAST) * stride_row
+    of_key = (keys // WW * (2 * WW - 1) + keys % WW) * stride_row
     valid = (queries < N)[:, None] & (keys < N)[None, :]
     bias = tl.load(table_ptr + (of_query[:, None] - of_key[None, :]), mask=valid, other=0.0).to(tl.float32)
     if SHIFTED:
@@ -182,8 +182,10 @@ def _scores(
         k_tail = _load_tokens(k_ptr, k_offsets, valid, D_MAIN + tl.arange(0, D_TAIL), D)
         scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
     if COSINE:
-        return scores * row_scale[:, None] * _inverse_norms(k, k_tail, D_TAIL)[None, :]
-    return scores * row_scale
+        scores *= row_scale[:, None] * _inverse_norms(k, k_tail, D_TAIL)[None, :]
+    else:
+        scores *= row_scale
+    return scores
 
 
 @triton.jit
@@ -248,7 +250,10 @@ def _window_attention_fwd_kernel(
             table_ptr, queries, keys, top, left, shift_h, shift_w, H, W, stride_table_row, SHIFTED, WH, WW
         )  # fmt: skip
 
-    for b in range(first, tl.minimum(first + IMAGES, B)):
+    last = first + 1
+    if IMAGES > 1:
+        last = tl.minimum(first + IMAGES, B)
+    for b in range(first, last):
         q_ptr = qkv_ptr + tl.multiple_of(b * stride_b + head * D, ALIGN)
         k_ptr = q_ptr + heads * D
         v_ptr = k_ptr + heads * D
@@ -333,17 +338,19 @@ def heuristic(windows: int, n: int, d: int, dtype: torch.dtype, arch: int, sms: 
         arch: 10 * major + minor of the compute capability.
         sms: number of multiprocessors.
     """
-    main, tail = split_head_dim(d)
-    width = main + tail
+    width = sum(split_head_dim(d))
     tokens = max(16, next_power_of_2(n))
-    # two waves of programs, four to a multiprocessor, come before sharing a bias; the online form shares none
-    images = next((k for k in (8, 4, 2) if windows >= 8 * sms * k and tokens <= 64), 1)
     if dtype == torch.float32:
-        return Config(32 if width <= 64 else 16, min(32 if width <= 128 else 16, tokens), images, 4, 1)
-    if width > 128:
-        return Config(64, min(32, tokens), images, 8, 1)
-    block_s = tokens if tokens <= 64 else 64 if cdiv(n, 64) * 2 == cdiv(n, 32) else 32
-    return Config(min(64, tokens), block_s, images, 4, 2)
+        block_m, block_s, num_warps = (32, 32, 4) if width <= 32 else (32, 16, 4) if width <= 64 else (16, 16, 8)
+    elif width <= 128:
+        # past one tile 32 keys: scores of 64 and the addresses of their bias are more than the registers hold
+        block_m, block_s, num_warps = 64, 64 if tokens <= 64 else 32, 4
+    else:
+        block_m, block_s, num_warps = (64, 32, 8) if width <= 192 else (32, 16, 8)
+    # two waves of programs, four to a multiprocessor, come before sharing a bias; the online form shares none
+    images = next((k for k in (8, 4, 2) if n <= block_s and windows >= 8 * sms * k), 1)
+    num_stages = 2 if dtype != torch.float32 and width <= 128 else 1
+    return Config(min(block_m, tokens), min(block_s, tokens), images, num_warps, num_stages)
 
 
 def _check_window_attention(
@@ -359,7 +366,9 @@ def _check_window_attention(
     op = "window_attention"
     check_tensors(op, qkv=qkv, table=table, scale=scale)
     if qkv.dim() != 4 or heads < 1 or qkv.shape[-1] % (3 * heads):
-        raise ValueError(f"{op}: 'qkv' has shape {list(qkv.shape)} for {heads} heads; expected [B, H, W, 3 * heads * d]")
+        raise ValueError(
+            f"{op}: 'qkv' has shape {list(qkv.shape)} for {heads} heads; expected [B, H, W, 3 * heads * d]"
+        )
     d = qkv.shape[-1] // (3 * heads)
     if not 1 <= d <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head dim {d}; expected 1 to {MAX_HEAD_DIM}")
@@ -405,6 +414,9 @@ def _window_attention(
     )
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()
+    if (table.shape[0] - 1) * table.stride(0) >= 2**31:
+        # offsets into the table are of 32 bits, half the registers
+        table = table.contiguous()
     d_main, d_tail = split_head_dim(d)
     _window_attention_fwd_kernel[(cdiv(b, config.images) * maps * cdiv(n, config.block_m),)](
         qkv,
@@ -449,9 +461,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     pairs = zip(ctx.saved_tensors, needs, strict=True)
     leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
     with torch.enable_grad():
-        out = window_attention_ref(
-            leaves[0], ctx.heads, ctx.window, ctx.shift, leaves[1], leaves[2], ctx.factor, False
-        )
+        out = window_attention_ref(leaves[0], ctx.heads, ctx.window, ctx.shift, leaves[1], leaves[2], ctx.factor, False)
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(out, wanted, grad))
     qkv, table, scale = (next(grads) if need else None for need in needs)

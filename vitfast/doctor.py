@@ -201,7 +201,7 @@ def how_ops_run(device: torch.device) -> tuple[Op, ...]:
     Args:
         device: "cpu" or a CUDA device.
     """
-    names = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "attention", "linear")
+    names = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "attention", "window_attention", "linear")
     if device.type == "cuda" and HAS_TRITON:
         arch = _config.arch(device)
         how = dict.fromkeys(names, "Triton kernel")

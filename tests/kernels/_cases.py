@@ -36,6 +36,7 @@ OPS = (
     "attention_lse",
     "attention_qkv",
     "relative_attention",
+    "window_attention",
     "patch_embed",
 )
 
@@ -45,7 +46,9 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"vitfast.kernels.{name}")
 
 
-FILES = tuple(module(name) for name in ("layer_norm", "linear", "norm_linear", "attention", "patch_embed"))
+FILES = tuple(
+    module(name) for name in ("layer_norm", "linear", "norm_linear", "attention", "window_attention", "patch_embed")
+)
 
 
 def file_of(op: str) -> ModuleType:
@@ -620,6 +623,83 @@ RELATIVE_ATTENTION = [
     _relative_attention("d128", 8, (14, 14), 128, real=True, interpret=False),
 ]
 
+# window_attention
+
+
+def _window_attention(
+    name: str,
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    h: int,
+    d: int,
+    *,
+    cosine: bool = False,
+    scale: float | None = None,
+    layout: str = "dense",
+    table_layout: str = "dense",
+    wide: bool = False,
+    **marks: bool,
+) -> Case:
+    def make(data: Data, batch: int) -> Arguments:
+        parameters = torch.promote_types(data.dtype, torch.float32) if wide else None
+        rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+        return {
+            "qkv": data(batch, *size, 3 * h * d, layout=layout),
+            "heads": h,
+            "window": window,
+            "shift": shift,
+            # large beside the scores: a wrong row of it shows
+            "table": data(rows, h, layout=table_layout, scale=2.0, dtype=parameters),
+            "scale": data(h, scale=3.0, shift=10.0, dtype=parameters) if cosine else scale,
+        }
+
+    return Case("window_attention", name, make, ("qkv", "table", *(["scale"] if cosine else [])), **marks)
+
+
+WINDOW_ATTENTION = [
+    _window_attention("1x1", (1, 1), (1, 1), (0, 0), 1, 1),
+    _window_attention("1x1-of-2x3", (2, 3), (1, 1), (0, 0), 2, 5),
+    _window_attention("7x7", (14, 21), (7, 7), (0, 0), 2, 16),
+    _window_attention("7x7-shifted", (14, 21), (7, 7), (3, 3), 3, 16),
+    _window_attention("3x5", (6, 10), (3, 5), (1, 2), 2, 32),
+    _window_attention("3x5-down", (6, 10), (3, 5), (1, 0), 2, 5),
+    _window_attention("3x5-right", (6, 10), (3, 5), (0, 2), 2, 5),
+    _window_attention("3x5-furthest", (6, 10), (3, 5), (2, 4), 1, 16),
+    _window_attention("one-long", (3, 10), (3, 5), (0, 2), 2, 16),
+    _window_attention("one-long-shifted", (3, 10), (3, 5), (1, 2), 2, 16),
+    _window_attention("1x7", (3, 14), (1, 7), (0, 3), 2, 13),
+    _window_attention("9x8", (18, 8), (9, 8), (4, 0), 1, 24),
+    _window_attention("12x12", (24, 24), (12, 12), (6, 6), 1, 16),
+    _window_attention("d24-pitch", (6, 6), (3, 3), (1, 1), 3, 24, layout="pitch", table_layout="pitch"),
+    _window_attention("d40-ragged", (6, 6), (3, 3), (1, 1), 1, 40, layout="ragged", table_layout="ragged"),
+    _window_attention("d72-offset", (4, 6), (4, 3), (2, 1), 2, 72, layout="offset", table_layout="offset"),
+    _window_attention("d251", (4, 4), (2, 2), (1, 1), 1, 251),
+    _window_attention("transposed", (6, 6), (3, 3), (1, 1), 2, 16, layout="transposed", table_layout="transposed"),
+    _window_attention("columns-first", (6, 4), (3, 4), (1, 2), 2, 16, layout="heads"),
+    _window_attention("broadcast", (6, 6), (3, 3), (1, 1), 2, 16, layout="broadcast", table_layout="broadcast"),
+    _window_attention("negative-scale", (6, 6), (3, 3), (1, 1), 2, 16, scale=-0.7),
+    _window_attention("fp32-table", (6, 6), (3, 3), (1, 1), 2, 16, wide=True),
+    _window_attention("cosine", (6, 10), (3, 5), (1, 2), 2, 16, cosine=True),
+    _window_attention("cosine-fp32-scale", (6, 10), (3, 5), (1, 2), 3, 32, cosine=True, wide=True),
+    _window_attention("cosine-9x8", (9, 16), (9, 8), (4, 4), 2, 13, cosine=True, layout="ragged"),
+    _window_attention("cosine-d72", (6, 6), (3, 3), (0, 1), 2, 72, cosine=True, layout="offset"),
+    _window_attention("Swin-T-1", (56, 56), (7, 7), (3, 3), 3, 32, real=True, interpret=False, core=True),
+    _window_attention("Swin-T-3", (14, 14), (7, 7), (0, 0), 12, 32, real=True),
+    _window_attention("Swin-T-4", (7, 7), (7, 7), (0, 0), 24, 32, real=True),
+    _window_attention("Swin-B-2", (28, 28), (7, 7), (3, 3), 8, 32, real=True, interpret=False),
+    _window_attention("Swin-B-384", (96, 96), (12, 12), (6, 6), 4, 32, real=True, interpret=False),
+    _window_attention("Swin-S3-T-3", (14, 14), (14, 14), (0, 0), 12, 32, real=True, interpret=False),
+    _window_attention(
+        "SwinV2-T-8-1", (64, 64), (8, 8), (4, 4), 3, 32, cosine=True, real=True, interpret=False, core=True
+    ),
+    _window_attention(
+        "SwinV2-B-16-1", (64, 64), (16, 16), (8, 8), 4, 32, cosine=True, real=True, interpret=False, core=True
+    ),
+    _window_attention("SwinV2-B-16-3", (16, 16), (16, 16), (0, 0), 16, 32, cosine=True, real=True, interpret=False),
+    _window_attention("SwinV2-B-24-1", (96, 96), (24, 24), (12, 12), 4, 32, cosine=True, real=True, interpret=False),
+]
+
 # patch_embed
 
 
@@ -744,6 +824,7 @@ CASES: dict[str, list[Case]] = {
     "attention_lse": ATTENTION_LSE,
     "attention_qkv": ATTENTION_QKV,
     "relative_attention": RELATIVE_ATTENTION,
+    "window_attention": WINDOW_ATTENTION,
     "patch_embed": PATCH_EMBED,
 }
 
@@ -822,6 +903,11 @@ def reference(op: str, **arguments: Any) -> Any:
         q, k, v, table, grid, scale = _pick(arguments, "q k v table grid scale")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return kernels.relative_attention_ref(q, k, v, table, *grid, scale, False).transpose(1, 2)
+    if op == "window_attention":
+        qkv, heads, window, shift, table, scale = _pick(arguments, "qkv heads window shift table scale")
+        factor = (qkv.shape[-1] // (3 * heads)) ** -0.5 if scale is None else scale
+        by_head = scale if isinstance(scale, Tensor) else None
+        return kernels.window_attention_ref(qkv, heads, window, shift, table, by_head, factor, False)
     assert op == "patch_embed", op
     return kernels.patch_embed_ref(*_pick(arguments, "pixels weight bias prefix pos_embed scale shift"), False)
 

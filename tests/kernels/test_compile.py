@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vitfast.kernels
-from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, RELATIVE_ATTENTION, Case, file_of
+from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, RELATIVE_ATTENTION, WINDOW_ATTENTION, Case, file_of
 from tests.kernels._compiler import TARGETS, Compiled, compiling, disassemble, meta
 from tests.kernels._ranges import overflows
 
@@ -81,6 +81,8 @@ def plan() -> list[Any]:
         add([case for case in real if case.op in ("linear", "patch_embed")], target, bf16, 1)
         add([case for case in real if case.core or case.op == "attention_qkv"], target, fp32, 256)
         add(core, target, fp16, 256)
+        # one image leaves nothing to share a bias with
+        add([case for case in core if case.op == "window_attention"], target, bf16, 1)
     # layouts whose loads are not aligned, and the least sizes
     odd = ("ragged", "offset", "crop", "cut", "broadcast", "1x1", "D1", "prefix9", "bias-")
     add([case for case in every if not case.real and any(word in case.name for word in odd)], "sm_90", bf16, 2)
@@ -91,6 +93,8 @@ def plan() -> list[Any]:
     # registers are tightest in attention
     for target in ("sm_86", "sm_100", "sm_120"):
         add([case for case in (*ATTENTION_QKV, *RELATIVE_ATTENTION) if case.real], target, bf16, 256)
+    for target in ("sm_86", "sm_89", "sm_100", "sm_120", "gfx942"):
+        add([case for case in WINDOW_ATTENTION if case.real], target, bf16, 256)
     return [
         pytest.param(case, target, dtype, batch, id=f"{name}-{target}-{str(dtype)[6:]}-batch{batch}")
         for (name, target, dtype, batch), case in chosen.items()
@@ -244,6 +248,10 @@ def _huge(op: str) -> dict[str, Any]:
         # a column of a table that all layers of many models share: its rows are far apart
         table = meta(63 * 63 + 3, 1 << 20, dtype=bf16)[:, :16]
         return {"q": q, "k": k, "v": v, "table": table, "grid": (32, 32)}
+    if op == "window_attention":
+        qkv = meta(8192, 64, 64, 3 * 4 * 32, dtype=bf16)
+        table = meta(31 * 31, 1 << 22, dtype=bf16)[:, :4]
+        return {"qkv": qkv, "heads": 4, "window": (16, 16), "shift": (8, 8), "table": table}
     assert op == "patch_embed", op
     return {
         "pixels": meta(16384, 3, 224, 224, dtype=bf16),
@@ -265,7 +273,9 @@ def test_offsets_past_32_bits(op: str, target: str, monkeypatch: pytest.MonkeyPa
     assert overflows(kernel.ttir, kernel.arguments, kernel.programs) == []
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "linear", "attention", "patch_embed"])
+@pytest.mark.parametrize(
+    "op", ["layer_norm", "add_layer_norm", "linear", "attention", "window_attention", "patch_embed"]
+)
 def test_narrow_offsets_would_be_found(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = Path(file_of(op).__file__)
     source = file.read_text()
@@ -345,6 +355,13 @@ def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
             return {"q": q, "k": k, "v": k, "table": table, "grid": (1, sizes["n"])}, dtype
         bias = meta(sizes["n"], sizes["s"], dtype=dtype) if "bias" in words else None
         return {"q": q, "k": k, "v": k, "bias": bias}, dtype
+    if op == "window_attention":
+        wh, ww, d = sizes["height"], sizes["width"], sizes["d"]
+        scale = meta(1, dtype=torch.float32) if "cosine" in words else None
+        table = meta((2 * wh - 1) * (2 * ww - 1), 1, dtype=dtype)
+        qkv = meta(sizes["windows"], wh, ww, 3 * d, dtype=dtype)
+        call = {"qkv": qkv, "heads": 1, "window": (wh, ww), "shift": (wh // 2, ww // 2), "table": table}
+        return {**call, "scale": scale}, dtype
     assert op == "patch_embed", op
     width, side = sizes["width"], round((sizes["k"] / 3) ** 0.5)
     pixels = meta(1, 3, side, side * sizes["patches"], dtype=dtype)
@@ -377,7 +394,7 @@ def test_committed_config(
         getattr(vitfast.kernels, _call_of_key(op, key))(**arguments)
     (kernel,) = compiled
     check_resources(kernel, target)
-    if op in ("linear", "attention", "patch_embed"):
+    if op in ("linear", "attention", "window_attention", "patch_embed"):
         check_tensor_cores(kernel, target, dtype)
 
 
@@ -393,6 +410,8 @@ def test_committed_config(
         ("row_stats", "rows=50432,width=768,bfloat16"),
         ("attention", "n=197,s=197,d=64,float16,bias"),
         ("attention", "n=197,s=197,d=64,bfloat16,bias,table"),
+        ("window_attention", "windows=49152,height=7,width=7,d=32,bfloat16"),
+        ("window_attention", "windows=16384,height=16,width=16,d=32,float16,cosine"),
         ("patch_embed", "patches=50176,width=768,k=768,bfloat16"),
     ],
 )

@@ -165,6 +165,7 @@ def test_files_are_read_once(folder: Path) -> None:
         ("m=1000,n=768,k=768,bfloat16,pointers", None),
         ("m=1000,n=768,k=768,bfloat16,float32 out", "m=1200,n=768,k=768,bfloat16,float32 out"),
         ("rows=60,width=768,bfloat16", "rows=50,width=768,bfloat16"),
+        ("windows=500,height=7,width=7,d=32,float16", "windows=400,height=7,width=7,d=32,float16"),
         ("rows=1000,n=768,k=768,bfloat16", None),
         ("patches=49,width=768,k=768,bfloat16", "patches=50,width=768,k=768,bfloat16"),
         ("n=197,s=197,d=64,bfloat16", "n=197,s=197,d=64,bfloat16"),
@@ -179,6 +180,7 @@ def test_nearest(key: str, expected: str | None) -> None:
         "m=1200,n=768,k=768,bfloat16,float32 out",
         "rows=50,width=768,bfloat16",
         "patches=50,width=768,k=768,bfloat16",
+        "windows=400,height=7,width=7,d=32,float16",
         "n=197,s=197,d=64,bfloat16",
     ]
     assert _config.nearest(key, keys) == expected

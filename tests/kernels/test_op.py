@@ -32,6 +32,7 @@ FULL = {
     "attention_lse": "bias-keys",
     "attention_qkv": "d5",
     "relative_attention": "3x11-ragged",
+    "window_attention": "cosine",
     "patch_embed": "small",
 }
 EACH_OP = [next(case for case in CASES[op] if case.name == name) for op, name in FULL.items()]
