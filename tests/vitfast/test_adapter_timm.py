@@ -571,6 +571,15 @@ def test_beit_reads_the_table_inside_the_kernel(monkeypatch):
     assert not torch.allclose(model(x), expected), "the table has no effect"
 
 
+def test_beit_through_torchs_attention():
+    plain = timm_beit()
+    fused = vitfast.accelerate(copy.deepcopy(plain), attention="sdpa")
+    fused.blocks[0].attn.__class__ = type("Counted", (type(fused.blocks[0].attn),), {"_summed": lambda *_: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        fused(images(2, 3, 24, 32))
+    assert_same(plain, vitfast.accelerate(copy.deepcopy(plain), attention="sdpa"), images(2, 3, 24, 32))
+
+
 def test_beit_of_another_size():
     plain = timm_beit(use_shared_rel_pos_bias=True)
     fused = vitfast.accelerate(copy.deepcopy(plain))
@@ -651,6 +660,36 @@ def test_eva_dynamic_image_size():
 @pytest.mark.parametrize("mask", ["bool mask", "additive mask", "causal", "masked attention"])
 def test_eva_masks(mask):
     check(timm_eva, images(2, 3, 24, 32), MASKS[mask], init_values=0.3)
+
+
+MAPS = {
+    "BEiT": (timm_beit, {}),
+    "BEiT, both biases": (timm_beit, {"use_shared_rel_pos_bias": True}),
+    "BEiT, biases apart": (timm_beit, {"separate": True}),
+    "EVA": (timm_eva, {"qk_norm": True}),
+    "EVA, mixed, three layers": (timm_eva, {"rope_type": "mixed", "qkv_fused": False}),
+    "AttentionRope": (timm_eva, {"attn_type": "rope", "num_reg_tokens": 2}),
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_attention_maps_of_other_families(case):
+    build, changes = MAPS[case]
+    x = images(2, 3, 24, 32)
+    plain = build(**changes)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    eager = copy.deepcopy(plain)
+    seen: list[Tensor] = []
+    for block in eager.blocks:
+        # what timm drops from are the probabilities
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    eager(x)
+    for model in (plain, fused):
+        maps = vitfast.attention_maps(model, x, heads=None)
+        assert len(maps) == len(seen) == 2
+        for actual, expected in zip(maps, seen, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hybrids_keep_their_stem():

@@ -208,6 +208,16 @@ def test_what_is_left_alone_is_reported(version):
     assert "dropout of windows 0.1: the original forward runs in training" in notes["layers.0.blocks.1.attn"]
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_another_attention_runs_timms_own(version, backend, calls):
+    plain = timm_swin(version=version)
+    fused = vitfast.accelerate(copy.deepcopy(plain), attention=backend)
+    x = images(2, 3, 24, 32)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert len(calls) == (4 if backend == "auto" else 0)
+    assert ("attention='sdpa' knows no windows" in str(vitfast.report(fused))) == (backend == "sdpa")
+
+
 def test_there_are_no_attention_maps(version):
     for model in pair(version=version):
         with pytest.raises(ValueError, match=r"within windows|with a mask"):

@@ -27,6 +27,9 @@ from .. import kernels, layers
 from . import Swap
 from .torch import decline_layer_norm
 
+# backends of attention that stand for our kernels
+_OURS = ("auto", "triton")
+
 
 class FusedTimmLayerNorm(layers.FusedLayerNorm, timm.layers.LayerNorm):
     """`timm.layers.LayerNorm`."""
@@ -258,7 +261,7 @@ class FusedTimmBeitAttention(_PartBias, beit.Attention):
         if table is None and bias is None:
             return super().core(qkv)
         q, k, v = self.heads(qkv)
-        if bias is not None or self.attention_backend not in ("auto", "triton"):
+        if bias is not None or self.attention_backend not in _OURS:
             return self.mixed(q, k, v, self._summed(bias))
         if layers.derivable(table) and not table.is_inference():
             # the kernel reads one head's column at a time
@@ -425,7 +428,12 @@ class _WindowAttention(layers.FusedAttention):
         """Whether the kernel computes what the original would."""
         # hooks shall see windows, and dropout of their tokens draws in another order than that of the map's
         called = (self.qkv, self.softmax, self.proj)
-        return super().fusable() and layers._inactive(self.proj_drop) and not any(map(layers.hooked, called))
+        return (
+            super().fusable()
+            and layers._inactive(self.proj_drop)
+            and not any(map(layers.hooked, called))
+            and self.attention_backend in _OURS
+        )
 
     def packed(self, x: Tensor) -> Tensor:
         """Normed `[..., D]` to q, k and v `[..., 3 * H * d]`."""
@@ -465,6 +473,8 @@ class _WindowAttention(layers.FusedAttention):
         for what, drop in (("attention dropout", self.attn_drop), ("dropout of windows", self.proj_drop)):
             if rate := getattr(drop, "p", 0.0):
                 limits.append(f"{what} {rate:g}: the original forward runs in training")
+        if self.attention_backend not in _OURS:
+            limits.append(f"attention={self.attention_backend!r} knows no windows: the original forward runs")
         return limits
 
 
