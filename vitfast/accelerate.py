@@ -14,7 +14,7 @@ from . import attention_backends
 from .adapters import Match, match
 from .graphs import STATE, Graphs, attach, detach, memory_bound
 from .kernels import release
-from .layers import KINDS, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, face, overridden
+from .layers import KINDS, FusedBlock, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, face, overridden
 from .precision import Precision, get_precision
 from .selection import Choice, Figure, select
 
@@ -112,8 +112,29 @@ class _State:
 
 def _matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
     modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, FusedLayer)]
-    found = ((name, module, match(module)) for name, module in modules)
+    found = ((name, module, _match(module)) for name, module in modules)
     return [(name, module, m) for name, module, m in found if m is not None]
+
+
+def _match(module: nn.Module) -> Match | None:
+    """What an adapter says of a module, unless it is a matter of devices: a kernel reads from one."""
+    found = match(module)
+    if found is None:
+        return None
+    if "_hf_hook" in vars(module):
+        return Match(found.kind, None, "run by a hook of Hugging Face's accelerate (device_map, offloading)")
+    devices = {str(tensor.device) for tensor in (*module.parameters(), *module.buffers())}
+    if found.fused is not None and len(devices) > 1:
+        return Match(found.kind, None, f"spread over {' and '.join(sorted(devices))}")
+    return found
+
+
+def _offloaded(model: nn.Module) -> bool:
+    """Whether Hugging Face's accelerate keeps weights elsewhere and lends them to each module for its forward."""
+    return any(
+        "_hf_hook" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False))
+        for module in model.modules()
+    )
 
 
 def report(model: nn.Module) -> Report:
@@ -133,7 +154,7 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, FusedLayer):
             note = "; ".join(overridden(module) + module.limits())
             rows.append(Row(name, module.kind, module.replaces.__name__, type(module).__name__, note))
-        elif (found := match(module)) is not None:
+        elif (found := _match(module)) is not None:
             note = found.reason or "could be replaced, is not switched on"
             rows.append(Row(name, found.kind, type(module).__name__, None, note))
     state = vars(model).get(STATE)
@@ -196,10 +217,10 @@ def accelerate(
         TypeError: `model` is no `torch.nn.Module`, or a scripted one.
         ImportError: the library of the `attention` backend is missing.
         ValueError: an unknown precision, kind or attention backend; with `strict`, the modules that cannot be replaced
-            and why; a model that was cast to another precision before; an `example` that the model cannot take, or for
-            a model that is accelerated already; `normalize` with wrong numbers, without a patch embedding that is
-            replaced, or for a model of Transformers, which casts pixels before any of its modules sees them; a
-            `cuda_graph` that bounds nothing.
+            and why; a model that was cast to another precision before, or a precision for offloaded weights; an
+            `example` that the model cannot take, or for a model that is accelerated already; `normalize` with wrong
+            numbers, without a patch embedding that is replaced, or for a model of Transformers, which casts pixels
+            before any of its modules sees them; a `cuda_graph` that bounds nothing.
     """
     _check_model(model)
     selected = _kinds(only)
@@ -212,6 +233,8 @@ def accelerate(
         raise ValueError(
             f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}"
         )
+    if policy and _offloaded(model):
+        raise ValueError(f"precision={policy.name!r}, but weights are offloaded; load the model in {policy.dtype}")
 
     found = [(name, module, m) for name, module, m in _matches(model) if selected.intersection(_serves(m))]
     if strict:
@@ -237,6 +260,8 @@ def accelerate(
         if isinstance(module, FusedModel):
             module.fold = module.fold or "fold" in selected
             module.tail = module.tail or "tail" in selected
+        elif isinstance(module, FusedBlock) and module.folds_itself:
+            module.fold = module.fold or "fold" in selected
         if isinstance(module, FusedStemModel):
             module.stem = module.stem or "patch_embed" in selected
     for embed in embeds:
@@ -295,9 +320,8 @@ def restore(model: Model) -> Model:
         if isinstance(module, FusedLayer) and replaces is not None:
             for name in ("tf32", "attention_backend", "fold", "tail", "stem"):
                 module.__dict__.pop(name, None)
-            if isinstance(module, FusedModel):
-                for parameter in module.parameters():
-                    release(parameter)
+            for parameter in module.parameters():
+                release(parameter)
             if isinstance(module, FusedPatchEmbed):
                 module.set_normalize(None)
             module.__class__ = replaces
@@ -340,7 +364,9 @@ def _uint8_embeds(
         (name, module, type(module)) for name, module in model.named_modules() if isinstance(module, FusedPatchEmbed)
     ]
     stems += [(name, module, m.fused) for name, module, m in found if m.fused and issubclass(m.fused, FusedPatchEmbed)]
-    convolved = [f"{name or '(model)'}: {why}" for name, stem, fused in stems for why in face(fused, stem).why_convolved()]
+    convolved = [
+        f"{name or '(model)'}: {why}" for name, stem, fused in stems for why in face(fused, stem).why_convolved()
+    ]
     if convolved or not stems:
         declined = [f"{name or '(model)'}: {m.reason}" for name, _, m in found if m.kind == "patch_embed" and m.reason]
         reasons = "; ".join(convolved + declined) or "there is none"

@@ -129,6 +129,15 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     tf32: bool = False
     attention_backend: str = "auto"
 
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`. What is derived from weights is made anew: some optimisers write unseen."""
+        if self.training and not mode:
+            for parameter in self.parameters():
+                kernels.expire(parameter)
+            # at once, for graphs that only replay
+            kernels.rederive()
+        return super().train(mode)
+
     def limits(self) -> list[str]:
         """What this layer leaves to the original's modules at present, one sentence each."""
         return []
@@ -183,8 +192,8 @@ class FusedPatchEmbed(FusedLayer):
             not symbolic(pixels)
             and pixels.dim() == 4
             and (pixels.is_floating_point() or (pixels.dtype == torch.uint8 and "pixel_affine" in self._buffers))
-            and pixels.shape[1] == self.conv.in_channels
             and not self.why_convolved()
+            and pixels.shape[1] == self.conv.in_channels
         )
 
     def why_convolved(self) -> list[str]:
@@ -469,6 +478,9 @@ class FusedBlock(FusedLayer):
     rate_name: ClassVar[str] = "drop_prob"
     # whether the block makes a bias for its attention, so that the normed input does not say all
     bias_from_block: ClassVar[bool] = False
+    # whether the block folds its norms by itself, since no `FusedModel` runs it
+    folds_itself: ClassVar[bool] = False
+    fold: bool = False
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as the original block does."""
@@ -532,8 +544,12 @@ class FusedBlock(FusedLayer):
             and self._undropped(self.drop_path2)
             and self._scale(self.ls1)[0]
             and self._scale(self.ls2)[0]
-            and not any(hooked(module) for module in self.modules())
+            and not any(self._watched(module) for module in self.modules())
         )
+
+    def _watched(self, module: nn.Module) -> bool:
+        """Whether somebody looks at what a module of this block does."""
+        return hooked(module)
 
     def sliceable(self) -> bool:
         """Whether `first` computes what `fused` does: all but the attention works token by token."""
@@ -580,6 +596,17 @@ class FusedBlock(FusedLayer):
             return kernels.linear(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32), None
         return kernels.linear_stats(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32)
 
+    def folded(self, x: Tensor) -> Tensor:
+        """`fused` with both norms folded. Statistics of the result travel with it, for the block behind."""
+        known = None if x.is_inference() else getattr(x, "_vitfast_stats", None)
+        x, stats = self.folded_attention(x, known[1] if known is not None and known[0] == x._version else None)
+        # inference tensors do not say when they change: the next block reads them once more
+        wanted = not x.is_inference()
+        x, after = self.folded_mlp(x, stats, wanted)
+        if wanted:
+            x._vitfast_stats = (x._version, after)  # type: ignore[attr-defined]
+        return x
+
     def first(self, x: Tensor, kept: int) -> Tensor:
         """`fused` for the first tokens alone, which is exact: `[B, N, D]` to `[B, kept, D]`."""
         attn = self.attn
@@ -622,15 +649,6 @@ class FusedModel(FusedLayer):
     tail: bool = False
     blocks: Any
     norm: Any
-
-    def train(self, mode: bool = True) -> Any:
-        """As `torch.nn.Module.train`. What is derived from weights is made anew: some optimisers write unseen."""
-        if self.training and not mode:
-            for parameter in self.parameters():
-                kernels.expire(parameter)
-            # at once, for graphs that only replay
-            kernels.rederive()
-        return super().train(mode)
 
     def pooled_tokens(self) -> int | None:
         """How many leading tokens the head reads, or None where it may read all."""

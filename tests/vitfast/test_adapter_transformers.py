@@ -43,6 +43,7 @@ import vitfast
 from tests.vitfast._models import assert_same, check, forward, fused_names, images, kept_reasons, randomise, run
 from vitfast import kernels
 from vitfast.adapters import transformers as adapter
+from vitfast.layers import KINDS
 
 # 4 x 4 patches, head width 12
 TINY: dict[str, Any] = {
@@ -602,10 +603,48 @@ def test_windows_and_relative_positions_in_the_kernels():
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["ViT", "CLIP", "DINOv2"])
+def test_norms_are_folded_and_statistics_handed_on(name, mode, monkeypatch):
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    read = []
+    inner = kernels.row_stats
+    monkeypatch.setattr(kernels, "row_stats", lambda x: read.append(x.shape) or inner(x))
+    x = images(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = plain(x)
+    with mode():
+        assert_close_trees(fused(x), expected)
+    # inference tensors have no versions, so each block reads for itself
+    assert len(read) == (1 if mode is torch.no_grad else 2)
+    # tokens that change between two blocks have other statistics
+    blocks = [module for module in fused.modules() if isinstance(module, adapter._Layer)]
+
+    def double(module: nn.Module, args: tuple[Any, ...]) -> None:
+        args[0].mul_(2)
+
+    blocks[1].register_forward_pre_hook(double)
+    original = [plain.get_submodule(name) for name, m in fused.named_modules() if m is blocks[1]]
+    original[0].register_forward_pre_hook(double)
+    with torch.no_grad():
+        assert_close_trees(fused(x), plain(x))
+        # a watched block is computed unfolded, what it looks at is there
+        tokens = blocks[0](images(1, 5, 48), None)
+        assert len(tokens._vitfast_stats) == 2
+        blocks[1]._forward_pre_hooks.clear()
+        tokens.mul_(3)
+        torch.testing.assert_close(blocks[1](tokens, None), blocks[1](tokens.clone(), None), rtol=1e-4, atol=1e-4)
+    # and nothing of it is left behind
+    vitfast.restore(fused)
+    assert not any(kernels.expire.__globals__["_cache"].get(p) for p in fused.parameters())
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("name", ["ViT", "ViT without qkv bias", "CLIP", "DINOv2"])
 def test_one_gemm_for_queries_keys_and_values(name, monkeypatch):
     plain = make(name)
-    fused = vitfast.accelerate(copy.deepcopy(plain))
+    fused = vitfast.accelerate(copy.deepcopy(plain), only=set(KINDS) - {"fold"})
     packed = []
     inner = kernels.attention_qkv
     monkeypatch.setattr(kernels, "attention_qkv", lambda qkv, *a, **k: packed.append(qkv.shape) or inner(qkv, *a, **k))

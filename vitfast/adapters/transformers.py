@@ -241,6 +241,7 @@ class _Layer(layers.FusedBlock, Rebuilt):
     """What the pre-norm blocks of all models share."""
 
     ls1 = ls2 = drop_path1 = drop_path2 = layers.IDENTITY
+    folds_itself = True
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is Transformers' own."""
@@ -251,7 +252,12 @@ class _Layer(layers.FusedBlock, Rebuilt):
             or kwargs.get("is_causal", getattr(attn, "is_causal", False))
         ):
             return super().forward(hidden_states, attention_mask, **kwargs)
+        if self.fold and layers.derivable(hidden_states) and self.foldable(hidden_states):
+            return self.folded(hidden_states)
         return self.fused(hidden_states, **kwargs)
+
+    def _watched(self, module: nn.Module) -> bool:
+        return layers.hooked(module) and not _idle(module)
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as the original block does."""
@@ -317,6 +323,7 @@ class BeitLayer(ViTLayer):
     drop_path1 = drop_path2 = layers.alias("drop_path")
     rate_name = "drop_prob"
     bias_from_block = True
+    folds_itself = False
     relative_class: type[nn.Module]
     relative_position_bias: Any
     dropout: Any
