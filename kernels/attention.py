@@ -86,7 +86,8 @@ def relative_attention_ref(
     index = relative_index(height, width, n - height * width, table.device)
     # a row's gradient sums hundreds of terms: in fp32, as it would under autocast
     wide = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
-    bias = wide.t().index_select(1, index.view(-1)).view(-1, n, n).to(q.dtype)
+    # torch's fast CPU kernel takes a mask of four dimensions, not of three
+    bias = wide.t().index_select(1, index.view(-1)).view(1, -1, n, n).to(q.dtype)
     return attention_ref(q, k, v, bias, scale, tf32)
 
 
@@ -98,19 +99,19 @@ def _load_rows(ptr, rows, n_rows, stride_row, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _relative_index(rows, keys, PREFIX: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
-    # [BLOCK_M, BLOCK_S]: `relative_index` of a tile, which takes one subtraction for each pair of patches
+def _relative_offsets(rows, keys, stride, PREFIX: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
+    # [BLOCK_M, BLOCK_S]: `relative_index` of a tile in elements, one 32-bit subtraction for each pair of patches
     ROWS: tl.constexpr = (2 * GRID_H - 1) * (2 * GRID_W - 1)
     query = rows.to(tl.int32) - PREFIX
     key = keys.to(tl.int32) - PREFIX
-    query += query // GRID_W * (GRID_W - 1) + ROWS // 2
-    key += key // GRID_W * (GRID_W - 1)
-    index = query[:, None] - key[None, :]
+    query = (query + query // GRID_W * (GRID_W - 1) + ROWS // 2) * stride
+    key = (key + key // GRID_W * (GRID_W - 1)) * stride
+    offsets = query[:, None] - key[None, :]
     if PREFIX:
-        index = tl.where((keys == 0)[None, :], ROWS + 1, index)
-        of_class = tl.where(keys == 0, ROWS + 2, ROWS)
-        index = tl.where((rows == 0)[:, None], of_class[None, :], index)
-    return index
+        from_class = tl.where(keys == 0, (ROWS + 2) * stride, ROWS * stride)
+        offsets = tl.where((keys == 0)[None, :], (ROWS + 1) * stride, offsets)
+        offsets = tl.where((rows == 0)[:, None], from_class[None, :], offsets)
+    return offsets
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def _scores(
     if bias_ptr is not None:
         mask = (rows < N)[:, None] & (keys < S)[None, :]
         if GRID_W > 0:
-            bias_ptrs = bias_ptr + _relative_index(rows, keys, PREFIX, GRID_H, GRID_W).to(tl.int64) * stride_bias_n
+            bias_ptrs = bias_ptr + _relative_offsets(rows, keys, stride_bias_n, PREFIX, GRID_H, GRID_W)
         else:
             bias_ptrs = bias_ptr + rows[:, None] * stride_bias_n + keys[None, :] * stride_bias_s
         bias = tl.load(bias_ptrs, mask=mask, other=0.0)
@@ -326,7 +327,7 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
         return Config(32, min(32, keys), num_warps=4, num_stages=1)
     if width > 128:
         # 128 + 64 holds the fragments of two wide tiles at once
-        return Config(64, 16 if width == 192 else min(32, keys), num_warps=8, num_stages=1)
+        return Config(64, 16 if width == 192 or biased else min(32, keys), num_warps=8, num_stages=1)
     # wgmma reads K from shared memory and leaves the registers to the scores; mma.sync holds fragments of K too
     if biased:
         whole = 64
@@ -338,10 +339,13 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
         block_m = min(128, max(16, next_power_of_2(n)))
         warps = 8 if block_m * keys > 64 * 128 else 2 if width > 64 and block_m * keys <= 32 * 32 else 4
         return Config(block_m, keys, num_warps=warps, num_stages=1)
-    if width > 96 and not wgmma and arch != 80:
-        return Config(64, 32, num_warps=4, num_stages=2)
-    block_s = 64 if wgmma or (width <= 64 and not biased) else 32
-    return Config(128, block_s, num_warps=8, num_stages=3 if wgmma or arch == 80 else 2)
+    small = arch not in (80, 90, 100)
+    if (biased or small) and width > (64 if biased and small else 96):
+        # twice the warps for a tile of bias
+        return Config(64, 32, num_warps=8 if biased else 4, num_stages=2)
+    # beside a bias, as compiled for sm_90 and sm_100, 64 keys leave the stack alone only with a main tile of 64
+    many = wgmma and main == 64 if biased else wgmma or width <= 64
+    return Config(128, 64 if many else 32, num_warps=8, num_stages=3 if wgmma or arch == 80 else 2)
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
@@ -428,6 +432,9 @@ def _launch(
     if bias is not None and grid is not None:
         height, width = grid
         prefix = n - height * width
+        # offsets into a column are 32-bit, and the last tile's rows reach past the table before they are masked
+        if 2 * bias.shape[0] * bias.stride(0) > 2**31:
+            bias = bias.contiguous()
         bias_strides = (0, bias.stride(1), bias.stride(0), 0)
     elif bias is not None:
         bias = bias.expand(b, h, n, s)
