@@ -22,7 +22,7 @@ LIBRARIES = {
     "transformers": ("Transformers", "transformers"),
     "torchvision": ("torchvision", "torchvision"),
     "open_clip": ("open_clip", "open_clip_torch"),
-    "dinov2": ("DINOv2's repository, whose classes are copied in structure", None),
+    "dinov2": ("DINOv2, by a copy of its repository's structure", None),
 }
 
 HEAD = f"""# What is supported

@@ -52,6 +52,8 @@ def _need(architecture: Architecture) -> None:
         pytest.skip(f"this timm has no {architecture.name}")
     if architecture.library == "transformers" and not hasattr(library, architecture.name):
         pytest.skip(f"this release of Transformers has no {architecture.name}")
+    if architecture.name == "CLIPModel" and library.__version__.startswith("4."):
+        pytest.skip("version 4 makes masks in fp32's range even for float64")
 
 
 def _call(model: nn.Module, call: Call, x: Tensor) -> Any:
@@ -392,9 +394,8 @@ def test_page_has_forty_architectures():
 
 
 def test_page_was_made_with_the_pinned_releases():
-    pins = (support.PAGE.parents[1] / "constraints.txt").read_text().splitlines()
-    for library, version in VERSIONS.items():
-        if library != "vitfast":
-            package = support.LIBRARIES[library][1] if library in support.LIBRARIES else library
-            name = f"{package}=={version}".replace("_", "-")
-            assert any(line.partition(" ")[0] == name for line in pins), f"{name}; renew the page: {support.COMMAND}"
+    pins = (support.PAGE.parents[1] / "constraints.txt").read_text(encoding="utf-8").split()
+    packages = {library: package for library, (_, package) in support.LIBRARIES.items() if package}
+    for library, package in {"torch": "torch", **packages}.items():
+        pin = f"{package}=={VERSIONS[library]}".replace("_", "-")
+        assert pin in pins, f"{pin} is not pinned; renew the page: {support.COMMAND}"
