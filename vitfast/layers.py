@@ -573,13 +573,13 @@ class FusedBlock(FusedLayer):
 
     # two halves, so that whoever runs them lets the first one's input go before the second
 
-    def folded_attention(self, x: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
+    def folded_attention(self, x: Tensor, stats: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The first half of `fused` without a normalised tensor: tokens `[B, N, D]` and the statistics of each."""
         attn, norm, proj = self.attn, self.norm1, self.attn.proj
         weight, bias = attn.weights_in()
         stats = kernels.row_stats(x) if stats is None else stats
         out = kernels.norm_linear(x, stats, norm.weight, norm.bias, norm.eps, weight, bias, tf32=attn.tf32)
-        out = attn.core(out)
+        out = attn.core(out, **self.given(**kwargs))
         gamma = self._scale(self.ls1)[1]
         return kernels.linear_stats(out, proj.weight, proj.bias, residual=x, scale=gamma, tf32=attn.tf32)
 

@@ -75,7 +75,7 @@ class FusedOpenClipBlock(layers.FusedBlock, transformer.ResidualAttentionBlock):
 
 
 class FusedOpenClipVisionTransformer(layers.FusedStemModel, transformer.VisionTransformer):
-    """`open_clip.transformer.VisionTransformer`: class token and position embedding written by the patch-embed kernel."""
+    """`open_clip.transformer.VisionTransformer`: the patch-embed kernel writes class token and position embedding."""
 
     replaces = transformer.VisionTransformer
     conv_name = "conv1"

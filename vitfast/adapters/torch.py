@@ -18,6 +18,10 @@ class FusedLayerNorm(layers.FusedLayerNorm, nn.LayerNorm):
 
     replaces = nn.LayerNorm
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        return layers.leaf(self, x) if layers.symbolic(x) else super().forward(x)
+
 
 class FusedMultiheadAttention(layers.FusedAttention, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` with one weight for q, k and v: self-attention without masks or weights asked for.

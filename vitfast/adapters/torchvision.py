@@ -57,7 +57,11 @@ class FusedTorchvisionBlock(layers.FusedBlock, vision_transformer.EncoderBlock):
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as torchvision's block does."""
-        return self.self_attention(x, x, x, need_weights=False)[0]
+        out = self.self_attention(x, x, x, need_weights=False)[0]
+        if layers._inactive(self.dropout):
+            return out
+        # in training torch's attention lays out [N, B, D] in memory, and dropout draws in that order
+        return out.transpose(0, 1).contiguous().transpose(0, 1)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
