@@ -596,10 +596,11 @@ class FusedBlock(FusedLayer):
             return kernels.linear(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32), None
         return kernels.linear_stats(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32)
 
-    def folded(self, x: Tensor) -> Tensor:
+    def folded(self, x: Tensor, **kwargs: Any) -> Tensor:
         """`fused` with both norms folded. Statistics of the result travel with it, for the block behind."""
         known = None if x.is_inference() else getattr(x, "_vitfast_stats", None)
-        x, stats = self.folded_attention(x, known[1] if known is not None and known[0] == x._version else None)
+        stats = known[1] if known is not None and known[0] == x._version else None
+        x, stats = self.folded_attention(x, stats, **kwargs)
         # inference tensors do not say when they change: the next block reads them once more
         wanted = not x.is_inference()
         x, after = self.folded_mlp(x, stats, wanted)

@@ -34,6 +34,7 @@ from tests.vitfast._models import (
     timm_swin,
     timm_vit,
 )
+from vitfast import kernels
 
 
 def vit(attention: dict | None = None, **changes) -> VisionTransformer:
@@ -792,3 +793,66 @@ def test_autocast_of_other_families(family):
             plain, fused = (model(x) for model in family)
     assert fused.dtype == plain.dtype
     assert (fused.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+
+
+FOLDING = {
+    "BEiT": (timm_beit, {}, 1),
+    "BEiT, shared": (timm_beit, {"use_shared_rel_pos_bias": True}, 1),
+    # biases that are added behind the layer, a gate in the MLP
+    "BEiT, biases apart": (timm_beit, {"separate": True}, 0),
+    "EVA": (timm_eva, {}, 1),
+    "EVA, three layers, both scale norms": (
+        timm_eva,
+        {"qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True, "init_values": 0.3},
+        1,
+    ),
+    "EVA, SwiGLU": (timm_eva, {"swiglu_mlp": True, "scale_mlp": True}, 0),
+    "AttentionRope": (timm_eva, {"attn_type": "rope", "rope_type": "mixed"}, 1),
+    "Swin": (timm_swin, {}, 0),
+    "Swin-V2": (timm_swin, {"version": 2}, 0),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", FOLDING)
+def test_what_is_derived_follows_the_weights(case, monkeypatch):
+    build, changes, folds = FOLDING[case]
+    plain = build(**changes)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    read = []
+    inner = kernels.row_stats
+    monkeypatch.setattr(kernels, "row_stats", lambda x: read.append(1) or inner(x))
+    x = images(1, 3, 24, 32)
+
+    def compare() -> None:
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad():
+        compare()
+        # each block hands its statistics on
+        assert len(read) == folds
+        for model in (plain, fused):
+            for name, parameter in model.named_parameters():
+                if "bias" in name or "logit_scale" in name:
+                    parameter.mul_(1.25)
+        compare()
+        for model in (plain, fused):
+            for name, buffer in model.named_buffers():
+                if name.endswith("k_bias"):
+                    buffer.mul_(-1.0)
+        compare()
+    # gradients reach what was derived from
+    compare()
+    loss = fused(x).square().sum()
+    assert all(g is not None for g in torch.autograd.grad(loss, [p for p in fused.parameters() if p.requires_grad]))
+    for data in (plain, fused):
+        for name, parameter in data.named_parameters():
+            if "table" in name or name.endswith(("q_bias", "logit_scale")):
+                # unseen, as some optimisers write
+                parameter.data.mul_(0.5)
+    fused.train().eval()
+    with torch.no_grad():
+        compare()
+    vitfast.restore(fused)
+    with torch.no_grad():
+        compare()

@@ -291,13 +291,25 @@ def _columns(table: Tensor) -> tuple[Tensor]:
     return (table.t().contiguous().t(),)
 
 
-class FusedTimmBeitBlock(layers.FusedBlock, beit.Block):
-    """`timm.models.beit.Block`."""
+class _ScaledBlock(layers.FusedBlock):
+    """BEiT's and EVA's blocks: LayerScale as a parameter of the block, and a model that calls them one by one."""
 
-    replaces = beit.Block
     ls1 = layers.alias("gamma_1")
     ls2 = layers.alias("gamma_2")
     drop_path_class = timm.layers.DropPath
+    folds_itself = True
+
+    def fused(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`, norms folded where they can be."""
+        if self.fold and layers.derivable(x) and self.foldable(x):
+            return self.folded(x, **kwargs)
+        return super().fused(x, **kwargs)
+
+
+class FusedTimmBeitBlock(_ScaledBlock, beit.Block):
+    """`timm.models.beit.Block`."""
+
+    replaces = beit.Block
 
     def given(self, bias: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
         """The bias that blocks share."""
@@ -392,13 +404,10 @@ class FusedTimmAttentionRope(_RotaryAttention, timm.layers.AttentionRope):
     q_bias = k_bias = v_bias = None
 
 
-class FusedTimmEvaBlock(layers.FusedBlock, eva.EvaBlock):
+class FusedTimmEvaBlock(_ScaledBlock, eva.EvaBlock):
     """`timm.models.eva.EvaBlock`."""
 
     replaces = eva.EvaBlock
-    ls1 = layers.alias("gamma_1")
-    ls2 = layers.alias("gamma_2")
-    drop_path_class = timm.layers.DropPath
 
     def given(self, rope: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
         """The rotation."""
