@@ -279,7 +279,7 @@ def accelerate(
                 module.tf32 = state.precision.tf32
     state.attention = backend
     for module in model.modules():
-        if isinstance(module, FusedLayer) and module.kind == "attention":
+        if isinstance(module, FusedLayer):
             module.attention_backend = backend
     if state.graphs:
         max_mib = max_mib or state.graphs.max_mib

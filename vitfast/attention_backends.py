@@ -14,8 +14,12 @@ from torch import Tensor
 
 from . import kernels
 from .kernels._op import KERNEL_DTYPES, autocast
+from .kernels.attention import relative_index
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn", "xformers")
+
+# which of them stand for our kernels, the ones for windows and tables of relative positions too
+OURS = ("auto", "triton")
 
 # module that has the function, extra of vitfast that installs it
 _LIBRARIES = {"flash_attn": ("flash_attn", "flash-attn"), "xformers": ("xformers.ops", "xformers")}
@@ -129,6 +133,40 @@ def attention_qkv(qkv: Tensor, heads: int, scale: float, *, tf32: bool = False, 
         return kernels.attention_qkv(qkv, heads, scale, tf32)
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return attention(q, k, v, scale, tf32=tf32, backend=backend).transpose(1, 2).flatten(2)
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    grid: tuple[int, int],
+    scale: float,
+    *,
+    tf32: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`attention` with a bias that stands in BEiT's table of relative positions, by a backend.
+
+    Args:
+        q, k, v, table, grid: as `vitfast.kernels.relative_attention` takes them; other backends than ours are given the
+            bias as `[1, H, N, N]` in memory.
+        scale, tf32, backend: as in `attention`.
+
+    Returns:
+        As `attention`.
+
+    Raises:
+        ValueError, ImportError: as `attention`.
+    """
+    if backend == "triton":
+        _check(backend, autocast(q)[0], None)
+    if backend in OURS:
+        return kernels.relative_attention(q, k, v, table, grid, scale, tf32)
+    n = q.shape[2]
+    index = relative_index(*grid, n - grid[0] * grid[1], table.device)
+    bias = table.t().index_select(1, index.view(-1)).view(1, -1, n, n)
+    return attention(q, k, v, scale, bias, tf32=tf32, backend=backend)
 
 
 def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:

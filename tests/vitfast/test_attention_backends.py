@@ -9,13 +9,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+from transformers import BeitConfig, BeitModel, SwinConfig, SwinModel
 
 import vitfast
 from tests._close import assert_close
-from tests.vitfast._models import BUILDERS, assert_same, fused_names, images, reference
+from tests.vitfast._models import BUILDERS, assert_same, fused_names, images, randomise, reference
 from vitfast import attention_backends, kernels
 from vitfast.attention_backends import BACKENDS, attention, attention_qkv
 from vitfast.kernels import _config
@@ -24,6 +27,11 @@ from vitfast.layers import FusedAttention
 X = (2, 3, 24, 32)
 INSTALLABLE = ("flash_attn", "xformers")
 EXTRAS = {"flash_attn": r"vitfast\[flash-attn\]", "xformers": r"vitfast\[xformers\]"}
+
+
+def timm_beit() -> nn.Module:
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 7}
+    return randomise(timm.create_model("beit_base_patch16_224", **options)).eval()
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -153,6 +161,74 @@ def test_relative_logits_go_to_the_backend(calls) -> None:
     vitfast.accelerate(model, attention="flash_attn", precision="bf16")
     with pytest.raises(ValueError, match="'flash_attn' takes no bias"):
         model(images(*X).bfloat16())
+
+
+def beit(implementation: str = "sdpa") -> nn.Module:
+    config = BeitConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=32,
+        patch_size=8,
+        use_relative_position_bias=True,
+    )
+    config._attn_implementation = implementation
+    return randomise(BeitModel(config)).eval()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+@pytest.mark.parametrize("build", [beit, timm_beit], ids=["transformers", "timm"])
+def test_tables_of_relative_positions_go_to_the_backend_as_a_bias(backend: str, build, calls, monkeypatch) -> None:
+    if build is beit and transformers.__version__.startswith("4."):
+        pytest.skip("version 4's BEiT has classes for attention of its own")
+    plain = build()
+    model = vitfast.accelerate(copy.deepcopy(plain), attention=backend)
+    takes = replace(attention_backends._TAKES["xformers"], dtypes=(torch.float32, torch.float64))
+    monkeypatch.setitem(attention_backends._TAKES, "xformers", takes)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("our kernel was launched")
+
+    monkeypatch.setattr(kernels, "relative_attention", refuse)
+    assert_same(plain, model, images(2, 3, 32, 32))
+    assert [call["bias"].shape for call in calls] == [(2, 4, 17, 17)] * (2 if backend == "xformers" else 0)
+    vitfast.accelerate(model, attention="flash_attn", precision="bf16")
+    with pytest.raises(ValueError, match="'flash_attn' takes no bias"):
+        model(images(2, 3, 32, 32).bfloat16())
+
+
+def swin() -> nn.Module:
+    config = SwinConfig(embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4, image_size=32, patch_size=2)
+    return randomise(SwinModel(config)).eval()
+
+
+def timm_swin() -> nn.Module:
+    options = {
+        "embed_dim": 32,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 4,
+        "img_size": 32,
+        "patch_size": 2,
+    }
+    return randomise(timm.create_model("swin_tiny_patch4_window7_224", **options)).eval()
+
+
+@pytest.mark.parametrize("build", [swin, timm_swin], ids=["transformers", "timm"])
+def test_windows_are_the_originals_under_another_backend(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build()
+    model = vitfast.accelerate(copy.deepcopy(plain), attention="sdpa")
+    launches: list[int] = []
+    original = kernels.window_attention
+    monkeypatch.setattr(kernels, "window_attention", lambda *a, **k: launches.append(1) or original(*a, **k))
+    assert_same(plain, model, images(2, 3, 32, 32))
+    assert launches == []
+    assert "attention='sdpa' knows no windows: the original forward runs" in str(vitfast.report(model))
+    vitfast.accelerate(model, attention="auto")
+    model(images(2, 3, 32, 32))
+    assert launches == [1] * 4
+    assert "knows no windows" not in str(vitfast.report(model))
 
 
 def test_autocast_casts_for_the_library(calls) -> None:

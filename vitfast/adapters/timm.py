@@ -23,12 +23,9 @@ from timm.models import beit, deit, eva, swin_transformer, swin_transformer_v2, 
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from .. import kernels, layers
+from .. import attention_backends, kernels, layers
 from . import Swap
 from .torch import decline_layer_norm
-
-# backends of attention that stand for our kernels
-_OURS = ("auto", "triton")
 
 
 class FusedTimmLayerNorm(layers.FusedLayerNorm, timm.layers.LayerNorm):
@@ -261,7 +258,7 @@ class FusedTimmBeitAttention(_PartBias, beit.Attention):
         if table is None and bias is None:
             return super().core(qkv)
         q, k, v = self.heads(qkv)
-        if bias is not None or self.attention_backend not in _OURS:
+        if bias is not None or self.attention_backend not in attention_backends.OURS:
             return self.mixed(q, k, v, self._summed(bias))
         if layers.derivable(table) and not table.is_inference():
             # the kernel reads one head's column at a time
@@ -441,7 +438,7 @@ class _WindowAttention(layers.FusedAttention):
             super().fusable()
             and layers._inactive(self.proj_drop)
             and not any(map(layers.hooked, called))
-            and self.attention_backend in _OURS
+            and self.attention_backend in attention_backends.OURS
         )
 
     def packed(self, x: Tensor) -> Tensor:
@@ -482,7 +479,7 @@ class _WindowAttention(layers.FusedAttention):
         for what, drop in (("attention dropout", self.attn_drop), ("dropout of windows", self.proj_drop)):
             if rate := getattr(drop, "p", 0.0):
                 limits.append(f"{what} {rate:g}: the original forward runs in training")
-        if self.attention_backend not in _OURS:
+        if self.attention_backend not in attention_backends.OURS:
             limits.append(f"attention={self.attention_backend!r} knows no windows: the original forward runs")
         return limits
 

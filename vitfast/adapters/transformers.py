@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
-from .. import kernels, layers
+from .. import attention_backends, kernels, layers
 from . import Rebuilt, Swap, around, instructions
 
 # implementations of plain softmax attention: one may stand for the other. A function that somebody registered may not
@@ -127,7 +127,8 @@ class ViTAttention(_Attention):
         """`[B, H, N, d]` thrice to `[B, N, H * d]`."""
         if relative is None:
             return super().mixed(q, k, v, bias)
-        out = kernels.relative_attention(q, k, v, *relative, self.scale, tf32=self.tf32)
+        backend = self.attention_backend
+        out = attention_backends.relative_attention(q, k, v, *relative, self.scale, tf32=self.tf32, backend=backend)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -417,6 +418,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             and self._undropped(self.drop_path1)
             and self._undropped(self.dropout)
             and attn.config._attn_implementation in IMPLEMENTATIONS
+            and self.attention_backend in attention_backends.OURS
             # what hands out weights
             and not kwargs.get("output_attentions")
             and not (attn.config._attn_implementation == "eager" and (_collects("attentions") or layers.hooked(self)))
@@ -454,6 +456,8 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     def limits(self) -> list[str]:
         if not layers.plain(self.attention, self.attention_class):
             return ["attention has hooks or is another: the original forward runs"]
+        if self.attention_backend not in attention_backends.OURS:
+            return [f"attention={self.attention_backend!r} knows no windows: the original forward runs"]
         return []
 
 
