@@ -84,7 +84,7 @@ def relative_attention_ref(
     """`[B, N, H, d]` in torch's own calls, with the bias in memory."""
     n = q.shape[2]
     index = relative_index(height, width, n - height * width, table.device)
-    # a row's gradient sums hundreds of terms: in fp32, as it would under autocast
+    # a row's gradient sums hundreds of terms, and CUDA would round each sum to the table's dtype
     wide = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
     # torch's fast CPU kernel takes a mask of four dimensions, not of three
     bias = wide.t().index_select(1, index.view(-1)).view(1, -1, n, n).to(q.dtype)
@@ -512,7 +512,8 @@ def _gradients(ctx: Any, grad: Tensor, reference: Callable[..., Tensor]) -> tupl
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *_gradients(ctx, grad, lambda *leaves: attention_ref(*leaves, ctx.scale, False)), None, None
+    grads = _gradients(ctx, grad, lambda q, k, v, bias: attention_ref(q, k, v, bias, ctx.scale, False))
+    return *grads, None, None
 
 
 def _attention_lse_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -525,14 +526,15 @@ def _attention_lse_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 def _relative_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, height, width, scale, _ = inputs
+    *tensors, ctx.height, ctx.width, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.rest = (height, width, scale, False)
 
 
 def _relative_attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = _gradients(ctx, grad, lambda *leaves: relative_attention_ref(*leaves, *ctx.rest))
-    return *grads, None, None, None, None
+    def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return relative_attention_ref(q, k, v, table, ctx.height, ctx.width, ctx.scale, False)
+
+    return *_gradients(ctx, grad, reference), None, None, None, None
 
 
 _attention.op.register_autograd(_attention_backward, setup_context=_attention_setup)

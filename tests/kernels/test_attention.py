@@ -89,7 +89,7 @@ def timm_bias(table: torch.Tensor, grid: tuple[int, int], class_token: bool) -> 
     """`[H, N, N]` as timm gathers it."""
     layers = pytest.importorskip("timm.layers")
     index = layers.pos_embed_rel.gen_relative_position_index(grid, class_token=class_token)
-    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
+    return table[index.view(-1).to(table.device)].view(*index.shape, -1).permute(2, 0, 1)
 
 
 @reference_lane
@@ -152,11 +152,13 @@ def test_relative_attention_on_cpu_is_torch(dtype: torch.dtype) -> None:
     assert torch.equal(relative_attention(q, k, v, table, (3, 5)), wanted)
 
 
-@reference_lane
-def test_gradient_of_a_table_is_summed_in_fp32() -> None:
-    # under autocast timm sums it in the parameter's fp32; sums of 196 terms in bf16 stop growing
-    q, k, v = torch.randn(8, 197, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    table = torch.randn(27 * 27 + 3, 2, requires_grad=True)
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=reference_lane), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_gradient_of_a_table_is_as_good_under_autocast(device: str) -> None:
+    # timm casts what it has gathered, so its sums of up to 196 terms are of the parameter's fp32; we cast the table
+    q, k, v = torch.randn(8, 197, 3, 2, 16, device=device).permute(2, 0, 3, 1, 4)
+    table = torch.randn(27 * 27 + 3, 2, device=device, requires_grad=True)
 
     def gradient(function: Callable[[], torch.Tensor]) -> torch.Tensor:
         out = function()
@@ -167,7 +169,7 @@ def test_gradient_of_a_table_is_summed_in_fp32() -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     truth = gradient(timm_s)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         wanted = gradient(timm_s)
         actual = gradient(lambda: relative_attention(q, k, v, table, (14, 14)))
     assert actual.dtype == torch.float32
