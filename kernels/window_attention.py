@@ -341,11 +341,12 @@ def heuristic(windows: int, n: int, d: int, dtype: torch.dtype, arch: int, sms: 
     width = sum(split_head_dim(d))
     tokens = max(16, next_power_of_2(n))
     if dtype == torch.float32:
-        block_m, block_s, num_warps = (32, 32, 4) if width <= 32 else (32, 16, 4) if width <= 64 else (16, 16, 8)
+        block_m, block_s, num_warps = (32, 16, 4) if width <= 64 else (16, 16, 8)
     elif width <= 128:
         # past one tile 32 keys: scores of 64 and the addresses of their bias are more than the registers hold
-        block_m, block_s, num_warps = 64, 64 if tokens <= 64 else 32, 4
+        block_m, block_s, num_warps = (64, 64, 4) if tokens <= 64 else (64, 32, 8 if width > 96 else 4)
     else:
+        # no Swin has such heads; the widest use some stack
         block_m, block_s, num_warps = (64, 32, 8) if width <= 192 else (32, 16, 8)
     # two waves of programs, four to a multiprocessor, come before sharing a bias; the online form shares none
     images = next((k for k in (8, 4, 2) if n <= block_s and windows >= 8 * sms * k), 1)

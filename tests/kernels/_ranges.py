@@ -33,13 +33,14 @@ def overflows(ttir: str, arguments: dict[str, Any], programs: int) -> list[str]:
     found = []
     for raw in ttir.splitlines():
         line = re.sub(r" loc\(.*\)$", "", raw)
+        # a loop that carries nothing has no result
+        if " scf.for " in line:
+            _loop(line, known)
+            continue
         match = _OPERATION.match(line)
         if match is None:
             continue
         result, operation, rest = match.groups()
-        if operation == "scf.for":
-            _loop(line, known)
-            continue
         interval = _interval(operation, rest, known, programs)
         if interval is None:
             continue
