@@ -60,6 +60,22 @@ _ADAPTERS = {
     "open_clip": "open_clip",
 }
 
+# names of classes that are copied from project to project, and so stand under any module path -> adapter file
+_COPIED = dict.fromkeys(
+    (
+        "Attention",
+        "Block",
+        "DinoVisionTransformer",
+        "MemEffAttention",
+        "Mlp",
+        "NestedTensorBlock",
+        "PatchEmbed",
+        "SwiGLUFFN",
+        "SwiGLUFFNFused",
+    ),
+    "dinov2",
+)
+
 
 def around(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     """The fused class of a mix-in for a class that is found at run time: always the same one, and its objects pickle.
@@ -110,7 +126,7 @@ def match(module: nn.Module) -> Match | None:
     """
     kind = type(module)
     for ancestor in kind.__mro__:
-        name = _ADAPTERS.get(ancestor.__module__.partition(".")[0])
+        name = _ADAPTERS.get(ancestor.__module__.partition(".")[0], _COPIED.get(ancestor.__name__))
         if name is None:
             continue
         adapter = importlib.import_module(f".{name}", __name__)
