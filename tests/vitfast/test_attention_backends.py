@@ -26,6 +26,7 @@ from vitfast.layers import FusedAttention
 
 X = (2, 3, 24, 32)
 INSTALLABLE = ("flash_attn", "xformers")
+V4 = transformers.__version__.startswith("4.")
 EXTRAS = {"flash_attn": r"vitfast\[flash-attn\]", "xformers": r"vitfast\[xformers\]"}
 
 
@@ -180,7 +181,7 @@ def beit(implementation: str = "sdpa") -> nn.Module:
 @pytest.mark.parametrize("backend", ["sdpa", "xformers"])
 @pytest.mark.parametrize("build", [beit, timm_beit], ids=["transformers", "timm"])
 def test_tables_of_relative_positions_go_to_the_backend_as_a_bias(backend: str, build, calls, monkeypatch) -> None:
-    if build is beit and transformers.__version__.startswith("4."):
+    if build is beit and V4:
         pytest.skip("version 4's BEiT has classes for attention of its own")
     plain = build()
     model = vitfast.accelerate(copy.deepcopy(plain), attention=backend)
@@ -217,6 +218,8 @@ def timm_swin() -> nn.Module:
 
 @pytest.mark.parametrize("build", [swin, timm_swin], ids=["transformers", "timm"])
 def test_windows_are_the_originals_under_another_backend(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build is swin and V4:
+        pytest.skip("version 4's Swin is left alone")
     plain = build()
     model = vitfast.accelerate(copy.deepcopy(plain), attention="sdpa")
     launches: list[int] = []
