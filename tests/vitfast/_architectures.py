@@ -34,7 +34,7 @@ class Architecture:
         build: makes it, in evaluation mode and with weights that matter.
         size: (height, width) of the images.
         calls: the ways to ask for an output; the first is the plain one.
-        hidden: the ways to ask for hidden states, or why there is none.
+        hidden: the ways to ask for hidden states.
         no_maps: why it has no attention maps, if so.
         tower: the module that takes pixels alone.
         features: makes the library's feature extractor of it, which is called as it is.
@@ -45,7 +45,7 @@ class Architecture:
     build: Callable[[], nn.Module]
     size: tuple[int, int]
     calls: tuple[Call, ...]
-    hidden: tuple[Call, ...] | str
+    hidden: tuple[Call, ...]
     no_maps: str = ""
     tower: Callable[[Any], nn.Module] = _itself
     features: Callable[[], nn.Module] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.vitfast._architectures import ARCHITECTURES, Architecture
 
@@ -40,7 +41,8 @@ For a model at hand, `vitfast.report(model)` says what is replaced and why the r
 
 LEGEND = f"""
 "{REPLACED}" names the kinds of modules that are (`accelerate(only=...)`), "{NOTES}" what is left to the library
-and why; of a model with a text tower, in its image tower.
+and why; of a model with a text tower, in its image tower. "model" is the forward around the blocks, which may embed the
+patches itself.
 
 - {NOT_APPLICABLE}: the library's own model cannot do it, or it has no meaning there, as "{NOTES}" says.
 - {LEFT_ALONE}: neither attention nor blocks are replaced, so there is nothing to prove. That the model works as before
@@ -60,13 +62,12 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def render(columns: Mapping[str, str], cells: Mapping[tuple[str, str], str], notes: Mapping[str, Sequence[str]]) -> str:
+def render(columns: Mapping[str, str], found: Mapping[tuple[str, str], tuple[str, Sequence[str]]]) -> str:
     """The page.
 
     Args:
         columns: what a tick proves, by the name of its column.
-        cells: text by (architecture, column).
-        notes: by architecture.
+        found: text and notes by (architecture, column).
 
     Raises:
         KeyError: a cell is missing: its test did not run.
@@ -78,24 +79,38 @@ def render(columns: Mapping[str, str], cells: Mapping[tuple[str, str], str], not
         rows = [architecture for architecture in ARCHITECTURES if architecture.library == library]
         lines = [_line(header), "|" + "---|" * len(header)]
         for row in rows:
-            texts = [cells[str(row), column] for column in (REPLACED, *columns)]
-            lines.append(_line((f"`{row.name}`", *texts, "; ".join(notes[str(row)]))))
+            cells = [found[str(row), column] for column in (REPLACED, *columns)]
+            notes = [note for _, of_cell in cells for note in of_cell]
+            lines.append(_line((f"`{row.name}`", *(text for text, _ in cells), "; ".join(notes))))
         made = "" if package is None else f" {version(package)}"
         parts.append(f"\n## {title}{made}\n\n" + "\n".join(lines) + "\n")
     return "".join(parts)
 
 
-def read(page: str) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, str]]:
-    """Cells by library, architecture and column; and the version that each library had, torch among them."""
+class Page(NamedTuple):
+    """What the page says.
+
+    Attributes:
+        tables: cells by library, architecture and column.
+        versions: the release of each library, torch among them, that it was made with.
+    """
+
+    tables: dict[str, dict[str, dict[str, str]]]
+    versions: dict[str, str]
+
+
+def read(page: str) -> Page:
+    """A page that `render` made."""
     tables: dict[str, dict[str, dict[str, str]]] = {}
     versions = {"torch": page.partition("Made with torch ")[2].partition(".\n")[0]}
     for library, (title, _) in LIBRARIES.items():
         section = page.partition(f"\n## {title}")[2].partition("\n## ")[0]
-        versions[library], *lines = section.splitlines() or [""]
+        version_made, *lines = section.splitlines() or [""]
         # cells may be empty, so the frame is cut off and not stripped
         header, _, *rows = [line[2:-2].split(" | ") for line in lines if line.startswith("|")] or ([], [])
         tables[library] = {row[0].strip("`"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
-    return tables, {name: made.strip() for name, made in versions.items()}
+        versions[library] = version_made.strip()
+    return Page(tables, versions)
 
 
 def made_here(architecture: Architecture, versions: Mapping[str, str]) -> bool:

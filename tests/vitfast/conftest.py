@@ -24,8 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 class _Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.cells: dict[tuple[str, str], str] = {}
-        self.notes: dict[str, list[str]] = {}
+        self.found: dict[tuple[str, str], tuple[str, list[str]]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
@@ -33,15 +32,14 @@ class _Writer:
         for name, value in report.user_properties:
             if name == "support":
                 architecture, column, text, notes = value
-                self.cells[architecture, column] = text
-                self.notes.setdefault(architecture, []).extend(notes)
+                self.found[architecture, column] = text, notes
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         from tests.vitfast._support import render
         from tests.vitfast.test_support import MEANINGS
 
         try:
-            page = render(MEANINGS, self.cells, self.notes)
+            page = render(MEANINGS, self.found)
         except KeyError as missing:
             terminalreporter.write_line(f"{self.path} is not written: nothing was found for {missing}")
             return
