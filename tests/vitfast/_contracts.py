@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import vitfast
 from tests.vitfast._models import assert_same, forward, fused_names, run
+from vitfast.layers import FusedBlock
 
 
 def assert_trees(actual: Any, expected: Any) -> None:
@@ -143,3 +145,17 @@ def check_errors(plain: nn.Module, *wrong: Tensor) -> None:
             except Exception as error:
                 errors.append((type(error), str(error)))
         assert len(errors) == 2 and errors[0] == errors[1], errors
+
+
+def check_folds(plain: nn.Module, x: Tensor, blocks: int, call: Callable[..., Any] = forward) -> None:
+    """With the kernels, in inference, this many blocks run with their norms folded into their GEMMs."""
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    folded, first = [], FusedBlock.folded_attention
+
+    def note(self: FusedBlock, *args: Any, **kwargs: Any) -> Any:
+        folded.append(self)
+        return first(self, *args, **kwargs)
+
+    with unittest.mock.patch.object(FusedBlock, "folded_attention", note):
+        assert_same(plain, fused, x, call, grad=False)
+    assert len(folded) == blocks

@@ -402,3 +402,13 @@ def test_a_pickle_loads_in_another_process(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "FusedDinoVisionTransformer"
+
+
+@pytest.mark.interpret
+def test_kernels():
+    plain = dino(num_register_tokens=2, depth=3)
+    _contracts.check_folds(plain, images(2, 3, 12, 16), 2)
+    for call in (training, CALLS["forward_features"]):
+        _contracts.check_folds(plain, images(2, 3, 12, 16), 3, call)
+    # what is not one row of blocks runs as it stands
+    _contracts.check_folds(dino(block_chunks=2), images(2, 3, 12, 16), 0)

@@ -318,3 +318,10 @@ def test_a_subclass_keeps_its_own_forward():
     fused = vitfast.accelerate(copy.deepcopy(plain))
     assert kept_reasons(fused) == {"": "unknown subclass of VisionTransformer"}
     assert_same(plain, fused, images(*X))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("option", ["plain", "LayerScale", "QuickGELU", "average pool"])
+def test_kernels(option):
+    changes = {**OPTIONS[option], "layers": 3}
+    _contracts.check_folds(tower(**changes), images(*X), 3 if option == "average pool" else 2)

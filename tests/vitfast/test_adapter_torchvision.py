@@ -203,6 +203,27 @@ def test_16_bits():
         assert_close(out, copy.deepcopy(plain).double()(pixels.double()), expected)
 
 
+@pytest.mark.interpret
+def test_kernels():
+    _contracts.check_folds(vit(num_layers=3), images(*X), 2)
+    _contracts.check_folds(vit(num_layers=2), images(*X), 2, lambda model, x: features(model, x))
+
+
+def features(model, x):
+    seen = []
+    handle = model.encoder.ln.register_forward_hook(lambda m, args, out: seen.append(out))
+    model(x)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("setting", ["batch first", "batch second", "three heads"])
+def test_multihead_attention_by_kernels(setting):
+    plain = mha(**SETTINGS[setting])
+    assert_same(plain, vitfast.accelerate(copy.deepcopy(plain)), images(5, 7, 48), CALLS["self"])
+
+
 # --- torch.fx
 
 
