@@ -69,6 +69,8 @@ def test_gradcheck(case: Case, through_op: None) -> None:
 def test_around_the_operator_and_through_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = case.arguments(torch.float32, "cpu")
     around = forward_backward(public(case), arguments, case.wrt)
+    # torch has another kernel for a mask that needs a gradient, and one made of a table does so only around the operator
+    exact = forward_backward(public(case), arguments, ())
     for file in FILES:
         for name, function in vars(file).copy().items():
             if hasattr(function, "launch") and hasattr(function, "op"):
@@ -76,8 +78,8 @@ def test_around_the_operator_and_through_it(case: Case, monkeypatch: pytest.Monk
     through = forward_backward(public(case), arguments, case.wrt)
     for name, value in around.items():
         torch.testing.assert_close(through[name], value, msg=lambda text, name=name: f"{name}: {text}")
-        if name.startswith("output"):
-            assert torch.equal(through[name], value)
+    for name, value in forward_backward(public(case), arguments, ()).items():
+        assert torch.equal(value, exact[name]), name
 
 
 def _operator_arguments(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
