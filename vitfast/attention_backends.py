@@ -94,12 +94,12 @@ def attention(
         ImportError: its library is missing.
     """
     if backend == "auto":
-        return kernels.attention(q, k, v, scale, bias, tf32)
+        return kernels.attention(q, k, v, scale, bias, tf32=tf32)
     q, k, v, bias = autocast(q, k, v, bias)
     _check(backend, q, bias)
     if backend == "triton":
         # the op that also returns the log-sum-exp, of 4 bytes a row: no table sends it to torch
-        return kernels.attention_lse(q, k, v, scale, bias, tf32)[0]
+        return kernels.attention_lse(q, k, v, scale, bias, tf32=tf32)[0]
     if backend == "sdpa":
         return kernels.attention_ref(q, k, v, bias, scale, tf32).transpose(1, 2)
     require(backend)
@@ -130,7 +130,7 @@ def attention_qkv(qkv: Tensor, heads: int, scale: float, *, tf32: bool = False, 
         ValueError, ImportError: as `attention`.
     """
     if backend == "auto":
-        return kernels.attention_qkv(qkv, heads, scale, tf32)
+        return kernels.attention_qkv(qkv, heads, scale, tf32=tf32)
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return attention(q, k, v, scale, tf32=tf32, backend=backend).transpose(1, 2).flatten(2)
 
@@ -160,9 +160,9 @@ def relative_attention(
         ValueError, ImportError: as `attention`.
     """
     if backend == "triton":
-        _check(backend, autocast(q)[0], None)
+        _check(backend, q, None)
     if backend in OURS:
-        return kernels.relative_attention(q, k, v, table, grid, scale, tf32)
+        return kernels.relative_attention(q, k, v, table, grid, scale, tf32=tf32)
     n = q.shape[2]
     index = relative_index(*grid, n - grid[0] * grid[1], table.device)
     bias = table.t().index_select(1, index.view(-1)).view(1, -1, n, n)
