@@ -69,7 +69,7 @@ def test_gradcheck(case: Case, through_op: None) -> None:
 def test_around_the_operator_and_through_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = case.arguments(torch.float32, "cpu")
     around = forward_backward(public(case), arguments, case.wrt)
-    # torch has another kernel for a mask that needs a gradient, and one made of a table does so only around the operator
+    # torch has another kernel for a mask that needs a gradient; one made of a table does so only around the operator
     exact = forward_backward(public(case), arguments, ())
     for file in FILES:
         for name, function in vars(file).copy().items():
