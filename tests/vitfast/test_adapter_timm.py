@@ -277,53 +277,84 @@ def test_gradient_checkpointing(changes):
     assert_same(plain, fused, images(4, 3, 24, 32), train=True)
 
 
-MODELS = {
-    "vit_tiny_patch16_224": {},
-    "vit_small_patch14_reg4_dinov2": {},
-    "vit_base_patch16_clip_quickgelu_224": {"patch_size": 16},
-    "vit_base_patch16_siglip_224": {},
-    "vit_small_patch16_rope_224": {},
-    "deit3_small_patch16_224": {},
-    "deit_tiny_distilled_patch16_224": {},
-    "flexivit_small": {},
-    "vit_base_resnet26d_224": {"embed_dim": 48, "num_heads": 4},
-    "beit_base_patch16_224": {},
-    "beitv2_base_patch16_224": {},
-    "eva02_tiny_patch14_224": {},
-    "eva_large_patch14_196": {},
-    "cait_xxs24_224": {},
-    "xcit_nano_12_p16_224": {},
-    "mixer_s32_224": None,
-    "pit_ti_224": None,
-    "swin_tiny_patch4_window7_224": None,
-    "swinv2_tiny_window8_256": None,
+# a registered model's changes, its image's side, and what its blocks become
+MODELS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "vit_tiny_patch16_224": ({}, 64, "Block"),
+    "vit_small_patch14_dinov2": ({}, 56, "Block"),
+    "vit_giant_patch14_reg4_dinov2": ({"embed_dim": 48}, 56, "Block"),
+    "vit_base_patch16_clip_quickgelu_224": ({}, 64, "Block"),
+    "vit_large_patch14_clip_224": ({}, 56, "Block"),
+    "vit_base_patch16_siglip_224": ({}, 64, "Block"),
+    "vit_base_patch16_siglip_gap_224": ({}, 64, "Block"),
+    "vit_so150m_patch16_reg4_map_256": ({}, 64, "Block"),
+    "vit_base_patch16_gap_224": ({}, 64, "Block"),
+    "deit3_small_patch16_224": ({}, 64, "Block"),
+    "deit_tiny_distilled_patch16_224": ({}, 64, "Block"),
+    "flexivit_small": ({}, 64, "Block"),
+    "aimv2_large_patch14_224": ({}, 56, "Block"),
+    "naflexvit_base_patch16_gap": ({}, 64, "Block"),
+    "vit_base_resnet26d_224": ({}, 64, "Block"),
+    "vit_base_r50_s16_224": ({}, 64, "Block"),
+    "vit_base_patch16_rpn_224": ({}, 64, ""),
+    "vit_base_patch16_xp_224": ({}, 64, ""),
+    "vit_relpos_small_patch16_224": ({}, 64, ""),
+    "eva_large_patch14_196": ({}, 56, "Block"),
+    "beit_base_patch16_224": ({}, 64, "BeitBlock"),
+    "beitv2_base_patch16_224": ({}, 64, "BeitBlock"),
+    "eva02_tiny_patch14_224": ({}, 56, "EvaBlock"),
+    "eva02_base_patch16_clip_224": ({}, 64, "EvaBlock"),
+    "eva02_enormous_patch14_clip_224": ({}, 56, ""),
+    "eva_giant_patch14_224": ({}, 56, "EvaBlock"),
+    "vit_small_patch16_rope_224": ({}, 64, "EvaBlock"),
+    "vit_small_patch16_dinov3": ({}, 64, "EvaBlock"),
+    "vit_pe_core_tiny_patch16_384": ({}, 64, "EvaBlock"),
+    "vit_base_patch16_sapiens2": ({"num_kv_heads": 2}, 64, "EvaBlock"),
+    "cait_xxs24_224": ({}, 64, ""),
+    "xcit_nano_12_p16_224": ({}, 64, ""),
+    "mixer_s32_224": ({}, 64, ""),
+    "pit_ti_224": ({}, 64, "Block"),
+    "swin_tiny_patch4_window7_224": ({}, 56, "SwinBlock"),
+    "swin_base_patch4_window12_384": ({}, 96, "SwinBlock"),
+    "swin_s3_tiny_224": ({"window_size": (7, 14)}, 56, "SwinBlock"),
+    "swinv2_tiny_window8_256": ({}, 64, "SwinV2Block"),
+    "swinv2_base_window12to16_192to256": ({"pretrained_window_sizes": (12, 6)}, 128, "SwinV2Block"),
+    "swinv2_cr_tiny_224": ({}, 56, ""),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_registered_models(name):
     # other families hold some of the same modules: those are replaced, the rest works as before
-    size = {"swin_tiny_patch4_window7_224": 56, "swinv2_tiny_window8_256": 64, "vit_base_resnet26d_224": 64}.get(name)
-    changes = MODELS[name]
+    changes, size, block = MODELS[name]
     if name.startswith("swin"):
-        changes = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4), "img_size": size}
-    elif name == "mixer_s32_224":
-        size = 64
-        changes = {"img_size": size}
-    elif name == "pit_ti_224":
-        changes = {"img_size": 64}
+        tiny: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+    elif name.startswith(("mixer", "pit")):
+        tiny = {}
     else:
-        size = 56 if "patch14" in name else 64
-        tiny = {"img_size": size, "embed_dim": 48, "num_heads": 4, "depth": 2}
-        if "eva" in name or "rope" in name:
-            tiny["embed_dim"] = 64
-        changes = {**tiny, **changes}
-    plain = timm_model(name, num_classes=5, **changes)
+        tiny = {"embed_dim": 64, "num_heads": 4, "depth": 2}
+    plain = timm_model(name, num_classes=5, img_size=size, **{**tiny, **changes})
     fused = vitfast.accelerate(copy.deepcopy(plain))
-    assert fused_names(fused)
-    assert_same(plain, fused, images(1, 3, size or 64, size or 64))
+    names = fused_names(fused)
+    assert names
+    assert {kind for kind in names.values() if kind.endswith("Block")} == ({f"FusedTimm{block}"} if block else set())
+    assert_equal(plain, fused, images(1, 3, size, size))
     vitfast.restore(fused)
     assert [type(m) for m in fused.modules()] == [type(m) for m in plain.modules()]
+
+
+DECLINED_FAMILIES = {
+    "vit_relpos_small_patch16_224": ("blocks.0.attn", "relative positions from a module: no kernel reads them"),
+    "swinv2_cr_tiny_224": ("stages.0.blocks.0.attn", "relative positions from a module: no kernel reads them"),
+    "eva02_enormous_patch14_clip_224": ("blocks.0", "not the plain pre-norm block"),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED_FAMILIES)
+def test_what_is_declined_of_registered_models(name):
+    changes = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)} if "swin" in name else {"depth": 1}
+    model = timm_model(name, **{**({} if "swin" in name else {"embed_dim": 64, "num_heads": 4}), **changes})
+    module, reason = DECLINED_FAMILIES[name]
+    assert kept_reasons(vitfast.accelerate(model))[module] == reason
 
 
 def test_a_model_without_known_modules_stays_as_it_is():

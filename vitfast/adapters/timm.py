@@ -19,7 +19,17 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat, resample_abs_pos_embed
-from timm.models import beit, deit, eva, swin_transformer, swin_transformer_v2, vision_transformer
+from timm.models import (
+    beit,
+    deit,
+    eva,
+    swin_transformer,
+    swin_transformer_v2,
+    swin_transformer_v2_cr,
+    vision_transformer,
+    vision_transformer_relpos,
+    vision_transformer_sam,
+)
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
@@ -686,6 +696,7 @@ def declined() -> dict[type[nn.Module], tuple[str, str]]:
     gated = ("mlp", "gated MLP: no kernel has its gate in an epilogue")
     pooling = ("attention", "attention pooling has one query and is not worth a kernel")
     other_block = ("block", "not the plain pre-norm block")
+    positions = ("attention", "relative positions from a module: no kernel reads them")
     stem = ("patch_embed", "convolutional stem: the kernel embeds pixels")
     return {
         timm.layers.GluMlp: gated,
@@ -696,6 +707,9 @@ def declined() -> dict[type[nn.Module], tuple[str, str]]:
         timm.layers.HybridEmbed: stem,
         timm.layers.HybridEmbedWithSize: stem,
         eva.EvaBlockPostNorm: other_block,
+        swin_transformer_v2_cr.WindowMultiHeadAttention: positions,
+        vision_transformer_relpos.RelPosAttention: positions,
+        vision_transformer_sam.Attention: positions,
         vision_transformer.ResPostBlock: other_block,
         vision_transformer.ParallelScalingBlock: other_block,
         vision_transformer.DiffParallelScalingBlock: other_block,
