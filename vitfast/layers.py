@@ -709,4 +709,5 @@ class FusedStemModel(FusedModel, FusedPatchEmbed):
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the original would of these pixels."""
-        return self.stem and super().fusable(pixels)
+        # who asks for bytes asks for the kernel
+        return (self.stem or "pixel_affine" in self._buffers) and super().fusable(pixels)

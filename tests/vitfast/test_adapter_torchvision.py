@@ -184,6 +184,8 @@ def test_uint8_pixels():
     fused = vitfast.accelerate(vit(), normalize=(mean, std))
     with torch.no_grad():
         torch.testing.assert_close(fused(x), vit()(normal), rtol=1e-4, atol=1e-5)
+        folding = vitfast.accelerate(vit(), only={"fold"}, normalize=(mean, std))
+        torch.testing.assert_close(folding(x), vit()(normal), rtol=1e-4, atol=1e-5)
     assert "pixel_affine" not in fused.state_dict()
     with pytest.raises(ValueError, match="conv_proj is a Sequential"):
         vitfast.accelerate(vit(**OPTIONS["convolutional stem"]), normalize=(mean, std))
