@@ -11,10 +11,12 @@ the place of a linear one, active dropout), it calls those modules as the origin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -388,6 +390,42 @@ def _pack(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor | None) -> tuple[Tens
         for weight, bias in zip((q, k, v), biases, strict=True)
     ]
     return torch.cat((q, k, v)), torch.cat(zeros)
+
+
+def position_table(mlp: Any, coords: Tensor) -> Tensor:
+    """Swin V2's bias by offset, `[(2 * wh - 1) * (2 * ww - 1), H]`, from the small MLP that makes it of coordinates.
+
+    In inference on a GPU it is derived from the MLP's weights.
+    """
+    first, act, last = mlp
+    if not (
+        derivable(coords)
+        and plain(mlp, nn.Sequential)
+        and plain_linear(first)
+        and plain(act, nn.ReLU)
+        and plain_linear(last)
+        and not coords.is_inference()
+        and not first.weight.is_inference()
+    ):
+        return 16 * torch.sigmoid(mlp(coords).flatten(0, -2))
+    # by the size too: a buffer of another window may stand where an older one stood
+    what = f"table {coords.shape[-3]}x{coords.shape[-2]}"
+    return kernels.derived(what, _position_table, first.weight, first.bias, last.weight, coords)[0]
+
+
+def _position_table(weight: Tensor, bias: Tensor, out: Tensor, coords: Tensor) -> tuple[Tensor]:
+    return (16 * torch.sigmoid(F.linear(F.relu(F.linear(coords, weight, bias)), out).flatten(0, -2)),)
+
+
+def cosine_scales(logit_scale: Tensor) -> Tensor:
+    """Swin V2's factors of cosines, `[H]`, bounded by 100."""
+    if derivable(logit_scale) and not logit_scale.is_inference():
+        return kernels.derived("scales", _cosine_scales, logit_scale)[0]
+    return _cosine_scales(logit_scale)[0]
+
+
+def _cosine_scales(logit_scale: Tensor) -> tuple[Tensor]:
+    return (torch.clamp(logit_scale, max=math.log(100.0)).exp().flatten(),)
 
 
 def derivable(x: Tensor) -> bool:

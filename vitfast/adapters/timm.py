@@ -12,12 +12,10 @@ maps `[B, H, W, D]`; their MLPs see them as `[B, H * W, D]`.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, ClassVar
 
 import timm.layers
 import torch
-import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat, resample_abs_pos_embed
 from timm.models import (
     beit,
@@ -510,38 +508,12 @@ class FusedTimmWindowAttentionV2(_WindowAttention, _PartBias, swin_transformer_v
         return _PartBias.packed(self, x)
 
     def table(self) -> Tensor:
-        """`[(2 * wh - 1) * (2 * ww - 1), H]`; in inference on a GPU it is derived from the MLP's weights."""
-        mlp, coords = self.cpb_mlp, self.relative_coords_table
-        if not self._derives(mlp):
-            return 16 * torch.sigmoid(mlp(coords).view(-1, self.num_heads))
-        # by the size too: a buffer that set_window_size makes may stand where an older one stood
-        what = f"table {coords.shape[1]}x{coords.shape[2]}"
-        return kernels.derived(what, _position_table, mlp[0].weight, mlp[0].bias, mlp[2].weight, coords)[0]
-
-    def _derives(self, mlp: Any) -> bool:
-        return (
-            layers.derivable(self.relative_coords_table)
-            and layers.plain(mlp, nn.Sequential)
-            and layers.plain_linear(mlp[0])
-            and layers.plain(mlp[1], nn.ReLU)
-            and layers.plain_linear(mlp[2])
-            and not self.relative_coords_table.is_inference()
-            and not mlp[0].weight.is_inference()
-        )
+        """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
+        return layers.position_table(self.cpb_mlp, self.relative_coords_table)
 
     def scales(self) -> Tensor:
         """Of the cosines, one per head."""
-        if layers.derivable(self.logit_scale) and not self.logit_scale.is_inference():
-            return kernels.derived("scales", _scales, self.logit_scale)[0]
-        return _scales(self.logit_scale)[0]
-
-
-def _position_table(weight: Tensor, bias: Tensor, out: Tensor, coords: Tensor) -> tuple[Tensor]:
-    return (16 * torch.sigmoid(F.linear(F.relu(F.linear(coords, weight, bias)), out).flatten(0, -2)),)
-
-
-def _scales(logit_scale: Tensor) -> tuple[Tensor]:
-    return (torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp().flatten(),)
+        return layers.cosine_scales(self.logit_scale)
 
 
 class _SwinBlock(layers.FusedBlock):

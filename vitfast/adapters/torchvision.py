@@ -1,4 +1,4 @@
-"""torchvision: `VisionTransformer`, and the MLPs that its other models share.
+"""torchvision: `VisionTransformer`, Swin and Swin V2, and the MLPs that its other models share.
 
 Contracts read in the sources of 0.28: the attention is `nn.MultiheadAttention`, called with `need_weights=False`; the
 position embedding is the encoder's; images have one size, and others are refused by `torch._assert`; feature
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import vision_transformer
+from torchvision.models import swin_transformer, vision_transformer
+from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import MLP
 
-from .. import layers
+from .. import kernels, layers
 from . import Swap
 from .torch import SequentialMlp, never, place
 
@@ -101,6 +102,131 @@ class FusedTorchvisionVisionTransformer(layers.FusedStemModel, vision_transforme
         return torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.encoder.pos_embedding
 
 
+class _ShiftedWindows(layers.FusedAttention):
+    """Attention in shifted windows of a map; one that they do not divide is torchvision's own, which pads it.
+
+    torchvision reads the weights of `qkv` and `proj` and calls neither, so hooks on them never fire.
+    """
+
+    q_norm = k_norm = attn_drop = proj_drop = layers.IDENTITY
+    scale = property(lambda self: (self.qkv.weight.shape[1] // self.num_heads) ** -0.5)  # type: ignore[assignment]
+    window_size: list[int]
+    shift_size: list[int]
+    attention_dropout: float
+    dropout: float
+
+    def fusable(self) -> bool:
+        """Whether the kernel computes what torchvision would: no dropout, no backend that knows no windows."""
+        dropout = self.training and (self.attention_dropout or self.dropout)
+        return not dropout and self.attention_backend in ("auto", "triton")
+
+    def cuts(self, x: Tensor) -> bool:
+        """Whether windows divide this map `[B, H, W, D]`."""
+        return x.dim() == 4 and not any(
+            side % window for side, window in zip(x.shape[1:3], self.window_size, strict=True)
+        )
+
+    def bias_in(self) -> Tensor | None:
+        """Of the projection to q, k and v."""
+        return self.qkv.bias
+
+    def table(self) -> Tensor:
+        """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
+        return self.relative_position_bias_table
+
+    def scales(self) -> Any:
+        """Of the scores: a number, or one per head for cosine attention."""
+        return self.scale
+
+    def attended(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Normed map `[B, H, W, D]` to the heads' `[B, H, W, H * d]`."""
+        qkv = kernels.linear(x, self.qkv.weight, self.bias_in(), tf32=self.tf32)
+        window = (self.window_size[0], self.window_size[1])
+        # no shift where one window is as long as the map
+        down, right = (
+            0 if window >= side else shift
+            for window, side, shift in zip(window, x.shape[1:3], self.shift_size, strict=True)
+        )
+        return kernels.window_attention(
+            qkv, self.num_heads, window, (down, right), self.table(), self.scales(), tf32=self.tf32
+        )
+
+    def project(self, out: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        """`residual + scale * proj(out)`, `[B, H, W, H * d]` to `[B, H, W, D]`."""
+        proj = self.proj
+        return kernels.linear(out, proj.weight, proj.bias, residual=residual, scale=scale, tf32=self.tf32)
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Refused: tokens of two windows do not meet."""
+        raise ValueError(f"{type(self).__name__} attends within windows; it has no map of all tokens")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, D]` to `[B, H, W, D]`."""
+        if layers.symbolic(x) or not self.fusable() or not self.cuts(x):
+            return super().forward(x)  # type: ignore[misc]
+        return self.fused(x)
+
+    def limits(self) -> list[str]:
+        limits = []
+        for what, rate in (("attention dropout", self.attention_dropout), ("dropout", self.dropout)):
+            if rate:
+                limits.append(f"{what} {rate:g}: the original forward runs in training")
+        if self.attention_backend not in ("auto", "triton"):
+            limits.append(f"attention={self.attention_backend!r} knows no windows: the original forward runs")
+        return limits
+
+
+class FusedTorchvisionWindows(_ShiftedWindows, swin_transformer.ShiftedWindowAttention):
+    """`torchvision.models.swin_transformer.ShiftedWindowAttention`."""
+
+    replaces = swin_transformer.ShiftedWindowAttention
+
+
+class FusedTorchvisionWindowsV2(_ShiftedWindows, swin_transformer.ShiftedWindowAttentionV2):
+    """`torchvision.models.swin_transformer.ShiftedWindowAttentionV2`: cosine attention, keys without bias."""
+
+    replaces = swin_transformer.ShiftedWindowAttentionV2
+
+    def bias_in(self) -> Tensor | None:
+        """Of the projection to q, k and v; the keys' part counts as zero, whatever it is."""
+        bias = self.qkv.bias
+        if bias is None:
+            return None
+        if layers.derivable(bias) and not bias.is_inference():
+            return kernels.derived("bias without keys", _without_keys, bias)[0]
+        return _without_keys(bias)[0]
+
+    def table(self) -> Tensor:
+        """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
+        return layers.position_table(self.cpb_mlp, self.relative_coords_table)
+
+    def scales(self) -> Tensor:
+        """Of the cosines, one per head."""
+        return layers.cosine_scales(self.logit_scale)
+
+
+def _without_keys(bias: Tensor) -> tuple[Tensor]:
+    q, k, v = bias.chunk(3)
+    return (torch.cat((q, torch.zeros_like(k), v)),)
+
+
+class FusedTorchvisionSwinBlock(layers.FusedBlock, swin_transformer.SwinTransformerBlock):
+    """`torchvision.models.swin_transformer.SwinTransformerBlock`."""
+
+    replaces = swin_transformer.SwinTransformerBlock
+    ls1 = ls2 = None
+    drop_path1 = drop_path2 = layers.alias("stochastic_depth")
+    drop_path_class = StochasticDepth
+    rate_name = "p"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, D]` to `[B, H, W, D]`."""
+        attn: Any = self.attn
+        if layers.symbolic(x) or not isinstance(attn, _ShiftedWindows) or not attn.cuts(x):
+            return super().forward(x)
+        return self.fused(x)
+
+
 def _is_mlp(module: Any) -> bool:
     kinds = [nn.Linear, nn.Module, nn.Dropout, nn.Linear, nn.Dropout]
     return len(module) == len(kinds) and all(isinstance(m, kind) for m, kind in zip(module, kinds, strict=True))
@@ -120,6 +246,9 @@ def swaps() -> dict[type[nn.Module], Swap]:
     return {
         MLP: Swap(FusedTorchvisionMlp, _decline_mlp, _is_mlp),
         vision_transformer.MLPBlock: Swap(FusedTorchvisionMlpBlock, _decline_mlp),
+        swin_transformer.ShiftedWindowAttention: Swap(FusedTorchvisionWindows, never),
+        swin_transformer.ShiftedWindowAttentionV2: Swap(FusedTorchvisionWindowsV2, never),
+        swin_transformer.SwinTransformerBlock: Swap(FusedTorchvisionSwinBlock, never),
         vision_transformer.EncoderBlock: Swap(FusedTorchvisionBlock, never),
         vision_transformer.VisionTransformer: Swap(FusedTorchvisionVisionTransformer, never),
     }
@@ -128,4 +257,4 @@ def swaps() -> dict[type[nn.Module], Swap]:
 @functools.cache
 def declined() -> dict[type[nn.Module], tuple[str, str]]:
     """Classes of torchvision that are known and left alone."""
-    return {}
+    return {swin_transformer.SwinTransformerBlockV2: ("block", "norms between branch and residual: parts are replaced")}
