@@ -17,7 +17,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -277,7 +277,7 @@ class ViTLayer(_Layer):
     attn = layers.alias("attention")
     norm2 = layers.alias("layernorm_after")
     drop_path1 = drop_path2 = layers.alias("dropout")
-    drop_path_class = nn.Dropout
+    drop_path_class: ClassVar[type[nn.Module]] = nn.Dropout
     rate_name = "p"
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
