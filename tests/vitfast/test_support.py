@@ -428,3 +428,13 @@ def test_page_was_made_with_the_pinned_releases(written):
     for library, package in {"torch": "torch", **packages}.items():
         pin = f"{package}=={written.versions[library]}".replace("_", "-")
         assert pin in pins, f"{pin} is not pinned; renew the page: {support.COMMAND}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_on_a_gpu(architecture, dtype):
+    _need(architecture)
+    plain = architecture.build().to("cuda", dtype)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    _assert_calls(plain, fused, images(2, 3, *architecture.size).to("cuda", dtype), architecture.calls)
