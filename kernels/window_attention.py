@@ -75,7 +75,7 @@ def window_attention_ref(
     # not scaled_dot_product_attention: for rows this short its CPU kernel is the slower one
     scores = q @ k.mT + _bias_ref(table, wh, ww)
     if sh or sw:
-        scores = scores + _mask_ref(height, width, wh, ww, sh, sw, scores)
+        scores += _mask_ref(height, width, wh, ww, sh, sw, scores)
     out = scores.softmax(-1).to(v.dtype) @ v
     out = out.view(b, rows, columns, heads, wh, ww, d).permute(0, 1, 4, 2, 5, 3, 6)
     out = out.reshape(b, height, width, heads * d)
