@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention, LayerNorm, LayerNormFp32, Mlp, RmsNorm, SwiGLU, SwiGLUPacked, set_fused_attn
-from timm.models import vision_transformer
+from timm.models import create_feature_extractor, vision_transformer
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from tests.vitfast._models import (
     timm_vit,
 )
 from vitfast import kernels
+from vitfast.layers import FusedBlock
 
 
 def vit(attention: dict | None = None, **changes) -> VisionTransformer:
@@ -806,6 +807,14 @@ def test_copies_of_other_families(family):
     fused.load_state_dict(plain.state_dict())
     plain.load_state_dict(fused.state_dict())
     assert_equal(plain, fused, x)
+
+
+def test_other_families_are_traced_by_fx(family):
+    blocks = [name for name, module in family[1].named_modules() if isinstance(module, FusedBlock)]
+    x = images(2, 3, 24, 32)
+    expected, actual = (create_feature_extractor(model, blocks)(x) for model in family)
+    assert list(actual) == blocks
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_graph_of_other_families(family):

@@ -225,16 +225,6 @@ def test_there_are_no_attention_maps(version):
         assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_traced_by_fx(version):
-    from timm.models import create_feature_extractor
-
-    plain, fused = pair(version=version)
-    x = images(2, 3, 24, 32)
-    for module in ("layers.0", "layers.1.blocks.0"):
-        expected = create_feature_extractor(plain, [module])(x)
-        torch.testing.assert_close(create_feature_extractor(fused, [module])(x), expected)
-
-
 def test_wrong_shapes_get_timms_own_error(version):
     plain, fused = pair(version=version)
     for shape in ((2, 3, 24, 40), (2, 4, 24, 32)):
