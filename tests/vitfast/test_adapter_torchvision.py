@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, swin_t
+from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 from torchvision.ops import MLP
@@ -252,15 +252,7 @@ def test_a_trace_has_the_same_steps_and_stays_fused(monkeypatch):
     torch.testing.assert_close(traced(images(*X)), vit()(images(*X)), rtol=1e-4, atol=1e-5)
 
 
-# --- torchvision's other models
-
-
-def test_swin_keeps_its_own_attention():
-    plain = randomise(swin_t(num_classes=5)).eval()
-    fused = vitfast.accelerate(copy.deepcopy(plain))
-    assert set(fused_names(fused).values()) >= {"FusedTorchvisionMlp", "FusedLayerNorm"}
-    with torch.no_grad():
-        _contracts.assert_trees(fused(images(1, 3, 64, 64)), plain(images(1, 3, 64, 64)))
+# --- torchvision's MLP, which other models hold
 
 
 MLPS = {
