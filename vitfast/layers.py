@@ -100,8 +100,12 @@ def _inactive(module: nn.Module, kind: type[nn.Module] = nn.Dropout, rate: str =
 def _why_called(name: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
     if plain_linear(module) if kind is nn.Linear else plain(module, kind):
         return []
-    why = "has hooks" if type(module) is kind else f"is a {type(module).__name__}"
-    return [f"{name} {why}: called as a module"]
+    actual = type(module)
+    if actual is kind:
+        return [f"{name} has hooks: called as a module"]
+    # peft's layers have torch's names
+    library = f"{actual.__module__.partition('.')[0]}." if actual.__name__ == kind.__name__ else ""
+    return [f"{name} is a {library}{actual.__name__}: called as a module"]
 
 
 def _linear(module: Any, x: Tensor, residual: Tensor | None, scale: Tensor | None, tf32: bool) -> Tensor:

@@ -266,6 +266,107 @@ def test_attention_mask(implementation):
     assert not torch.allclose(fused(x).last_hidden_state, masked(fused, x).last_hidden_state)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_mask_beside_relative_positions(shared, implementation):
+    if V4:
+        pytest.skip("version 4's BEiT takes no attention mask")
+    plain = make("BEiT, shared" if shared else "BEiT")
+    plain.set_attn_implementation(implementation)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[0, 9:] = 0
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_close_trees(fused(x, attention_mask=mask), plain(x, attention_mask=mask))
+        assert not torch.allclose(fused(x)[0], fused(x, attention_mask=mask)[0])
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP", "BEiT"])
+def test_export(name):
+    if V4:
+        pytest.skip("version 4 exports through functions of its own")
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        exported = torch.export.export(fused, (x,), strict=False).module()
+        assert_close_trees(exported(x).last_hidden_state, plain(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP", "DINOv2"])
+@pytest.mark.parametrize("asked", ["position_bias", "is_causal", "is_causal=None"])
+def test_what_attention_functions_take_beside_the_mask(name, asked):
+    if V4:
+        pytest.skip("version 4's vision models take no arguments for their attention")
+    plain = make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    if asked == "is_causal=None":
+        for model in (plain, fused):
+            for module in model.modules():
+                if hasattr(module, "is_causal"):
+                    module.is_causal = True
+    option = {"position_bias": {"position_bias": 3 * images(1, 4, 17, 17)}, "is_causal": {"is_causal": True}}
+    options = option.get(asked, {"is_causal": None})
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = plain(x, **options)
+        assert not torch.allclose(expected[0], make(name)(x)[0], atol=1e-2)
+        assert_close_trees(fused(x, **options), expected)
+
+
+def test_keys_that_heads_share():
+    if V4:
+        pytest.skip("written for version 5's layout")
+    plain = make("ViT")
+    attention = plain.layers[0].attention
+    attention.k_proj, attention.v_proj = nn.Linear(48, 24), nn.Linear(48, 24)
+    attention.num_key_value_groups = 2
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert_same(plain, fused, images(2, 3, 32, 32))
+    assert kept_reasons(fused) == {
+        "layers.0.attention": "q, k and v are [48, 24, 24] wide: no kernel shares keys and values between heads"
+    }
+
+
+# models that kept version 4's layout, and such whose files write the same softmax in another way
+OTHERS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "Yolos": ("YolosModel", {"image_size": [32, 32], "num_detection_tokens": 3}, {"SelfAttention", "Intermediate"}),
+    "DPT": ("DPTModel", {"is_hybrid": False, "backbone_out_indices": [0, 1, 1, 1]}, {"SelfAttention", "Intermediate"}),
+    "VitPoseBackbone": (
+        "VitPoseBackbone",
+        {"image_size": [32, 32], "patch_size": [8, 8], "out_indices": [2]},
+        {"SelfAttention", "MLP"},
+    ),
+    "AltCLIPVision": ("AltCLIPVisionModel", {}, {"Attention", "Layer"}),
+    "ChineseCLIPVision": ("ChineseCLIPVisionModel", {}, {"Attention", "Layer"}),
+    "LwDetrViT": ("LwDetrViTBackbone", {"window_block_indices": [0], "num_windows": 4}, {"Attention"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_layouts_and_spellings(name, implementation):
+    if V4:
+        pytest.skip("written for version 5's layout")
+    kind, options, roles = OTHERS[name]
+    config = getattr(transformers, f"{name}Config")(**{**TINY, **options})
+    plain = randomise(getattr(transformers, kind)(config)).eval()
+    plain.set_attn_implementation(implementation)
+    for key, parameter in plain.named_parameters():
+        # a bias of the keys has no gradient but rounding
+        parameter.requires_grad_(not key.endswith(("k_proj.bias", "key.bias")))
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    kinds = set(fused_names(fused).values())
+    assert all(any(kind.endswith(role) for kind in kinds) for role in roles), kinds
+    assert_trains_alike(plain, fused, exact=False)
+    with torch.no_grad():
+        options = {"output_attentions": True, "output_hidden_states": True}
+        expected, actual = (m.float().eval()(images(2, 3, 32, 32), **options) for m in (plain, fused))
+        assert len(actual.attentions or ()) == (2 if implementation == "eager" else 0)
+        assert_close_trees(actual, expected)
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
 def test_both_towers(kind):
     if kind == "CLIP":
@@ -465,7 +566,7 @@ def test_lora(name, first):
     x = images(2, 3, 32, 32)
     assert_same(plain.eval(), fused.eval(), x)
     notes = {row.note for row in vitfast.report(fused).replaced if row.kind == "attention"}
-    assert notes == {"q_proj is a Linear: called as a module; v_proj is a Linear: called as a module"}
+    assert notes == {"q_proj is a peft.Linear: called as a module; v_proj is a peft.Linear: called as a module"}
     merged = fused.merge_and_unload()
     assert_same(plain.merge_and_unload(), merged, x, grad=False)
 

@@ -465,3 +465,28 @@ def test_an_attention_behind_a_wrapper_is_called(build):
         model.blocks[1].mlp = Wrapper(model.blocks[1].mlp)
     assert_same(plain, fused, images(2, 3, 24, 32))
     assert fused.blocks[0].limits() == ["attn is a Wrapper: its residual is added outside it"]
+
+
+@pytest.mark.parametrize("first", ["lora", "accelerate"])
+@pytest.mark.parametrize("library", BUILDERS)
+def test_lora_of_peft_on_the_packed_projection(library, first):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    plain = BUILDERS[library]()
+    fused = copy.deepcopy(plain)
+    if first == "accelerate":
+        vitfast.accelerate(fused)
+    adapted = []
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        adapted.append(get_peft_model(model, config).eval())
+    if first == "lora":
+        vitfast.accelerate(adapted[1])
+    x = images(2, 3, 24, 32)
+    assert_same(*adapted, x)
+    notes = {row.note for row in vitfast.report(adapted[1]).replaced if row.kind == "attention"}
+    assert notes == {"qkv is a peft.Linear: called as a module"}
+    merged = [model.merge_and_unload() for model in adapted]
+    assert_same(*merged, x, grad=False)
+    assert {row.note for row in vitfast.report(merged[1]).replaced if row.kind == "attention"} == {""}
