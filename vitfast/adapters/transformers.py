@@ -28,6 +28,8 @@ from . import Rebuilt, Swap, around, instructions
 
 # implementations of plain softmax attention: one may stand for the other. A function that somebody registered may not
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "vitfast")
+# what these take that no kernel here does
+_EXTRAS = frozenset(("position_bias", "softcap", "sliding_window", "s_aux", "cu_seq_lens_q", "cache"))
 
 
 def _collects(key: str) -> bool:
@@ -70,6 +72,11 @@ class _Attention(layers.FusedSplitAttention, Rebuilt):
         name = self.config._attn_implementation
         return None if name is None or name in IMPLEMENTATIONS else name
 
+    def beyond(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call asks for more than a softmax over all tokens: it is causal, say, or has a bias."""
+        causal = kwargs.get("is_causal")
+        return (self.is_causal if causal is None else causal) or not _EXTRAS.isdisjoint(kwargs)
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`[B, N, D]` to `([B, N, D], None)`; where a mask or the weights are asked for, it is the original's."""
         if (
@@ -77,7 +84,7 @@ class _Attention(layers.FusedSplitAttention, Rebuilt):
             or kwargs.get("causal_attention_mask") is not None
             or hidden_states.dim() != 3
             or layers.symbolic(hidden_states)
-            or kwargs.get("is_causal", self.is_causal)
+            or self.beyond(kwargs)
             or kwargs.get("output_attentions")
             # eager attention hands out weights always
             or self.config._attn_implementation == "eager"
@@ -139,7 +146,7 @@ class CLIPAttention(_Attention):
 
 
 class ViTSelfAttention(_Attention):
-    """Version 4: `query`, `key`, `value`; the output projection is the caller's."""
+    """Version 4, and models that kept its layout: `query`, `key`, `value`; the output projection is the caller's."""
 
     num_heads = layers.alias("num_attention_heads")
     scale = layers.alias("scaling")
@@ -149,21 +156,17 @@ class ViTSelfAttention(_Attention):
     proj = layers.IDENTITY
     dropout_name = "dropout_prob"
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, head_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """`[B, N, D]` to `([B, N, H * d], None)`."""
         if (
-            head_mask is not None
-            or any(args)
-            or any(kwargs.values())
+            any(value is not None and value is not False for value in (*args, *kwargs.values()))
             or hidden_states.dim() != 3
             or layers.symbolic(hidden_states)
             or self.is_causal
             or self.config._attn_implementation == "eager"
             or not self.fusable()
         ):
-            return super(_Attention, self).forward(hidden_states, head_mask, *args, **kwargs)
+            return super(_Attention, self).forward(hidden_states, *args, **kwargs)
         return self.attended(hidden_states), None
 
     def limits(self) -> list[str]:
@@ -201,7 +204,7 @@ class Dinov2MLP(ViTMLP):
 
 
 class ViTIntermediate(layers.FusedLayer, Rebuilt):
-    """Version 4: the MLP's first layer and its activation."""
+    """Version 4, and models that kept its layout: the MLP's first layer and its activation."""
 
     kind = "mlp"
     dense: Any
@@ -222,7 +225,7 @@ class ViTIntermediate(layers.FusedLayer, Rebuilt):
 
 
 class ViTOutput(layers.FusedLayer, Rebuilt):
-    """Version 4: the MLP's second layer with the residual."""
+    """Version 4, and models that kept its layout: the MLP's second layer with the residual."""
 
     kind = "mlp"
     dense: Any
@@ -246,16 +249,21 @@ class _Layer(layers.FusedBlock, Rebuilt):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is Transformers' own."""
-        attn: Any = self.attn
-        if (
-            attention_mask is not None
-            or layers.symbolic(hidden_states)
-            or kwargs.get("is_causal", getattr(attn, "is_causal", False))
-        ):
+        if self._leaves(hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
         if self.fold and layers.derivable(hidden_states) and self.foldable(hidden_states):
             return self.folded(hidden_states)
         return self.fused(hidden_states, **kwargs)
+
+    def _leaves(self, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether the original has to run: fused attention takes no mask, and nothing else."""
+        attn = self.attn
+        return (
+            mask is not None
+            or layers.symbolic(tokens)
+            # another attention is called with all that there is
+            or (isinstance(attn, _Attention) and attn.beyond(kwargs))
+        )
 
     def _watched(self, module: nn.Module) -> bool:
         return layers.hooked(module) and not _idle(module)
@@ -346,11 +354,15 @@ class BeitLayer(ViTLayer):
     ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; positions that all layers share come as a mask, and are Transformers' own."""
         relative = self._relative(interpolate_pos_encoding, resolution)
-        if relative is False or not layers._inactive(self.dropout):
+        if (
+            relative is False
+            or not layers._inactive(self.dropout)
+            or self._leaves(hidden_states, attention_mask, kwargs)
+        ):
             return super(_Layer, self).forward(  # type: ignore[misc]
                 hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs
             )
-        return super().forward(hidden_states, attention_mask, relative=relative, **kwargs)
+        return self.fused(hidden_states, relative=relative, **kwargs)
 
     def _relative(self, interpolates: bool, resolution: tuple[int, int] | None) -> Any:
         """The table and the grid; None where there is none, False where the original has to make the bias."""
@@ -639,11 +651,16 @@ def _decline_attention(module: Any) -> str | None:
     function = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
     if function is not None and instructions(function) not in _softmaxes():
         return "its eager attention is not the plain softmax"
-    weights = [getattr(module, name) for name in ("q_proj", "query") if hasattr(module, name)]
-    width = getattr(weights[0], "out_features", None)
-    heads = getattr(module, "num_heads", None) or module.num_attention_heads
-    if width is not None and width // heads > kernels.MAX_HEAD_DIM:
-        return f"head dim {width // heads}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
+    names = ("q_proj", "k_proj", "v_proj") if hasattr(module, "q_proj") else ("query", "key", "value")
+    # what stands in the place of a linear layer need not say how wide it is
+    widths = [linear.out_features for name in names if hasattr(linear := getattr(module, name), "out_features")]
+    if len(set(widths)) > 1:
+        return f"q, k and v are {widths} wide: no kernel shares keys and values between heads"
+    heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
+    if heads is None:
+        return "does not say how many heads it has"
+    if widths and widths[0] // heads > kernels.MAX_HEAD_DIM:
+        return f"head dim {widths[0] // heads}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
     return None
 
 
@@ -687,10 +704,10 @@ _COMMON = frozenset(
 )
 _INTERFACE = "hidden_states config _attn_implementation ALL_ATTENTION_FUNCTIONS eager_attention_forward"
 _SPLIT = f"{_INTERFACE} attention_mask q_proj k_proj v_proj head_dim"
-_V4_ATTENTION = (
-    f"{_INTERFACE} head_mask query key value num_attention_heads attention_head_size all_head_size dropout_prob scaling"
-    " is_causal"
+_KEPT_ATTENTION = (
+    f"{_INTERFACE} query key value num_attention_heads attention_head_size all_head_size dropout_prob scaling is_causal"
 )
+_V4_ATTENTION = f"{_KEPT_ATTENTION} head_mask"
 _PIXELS = "pixel_values num_channels projection"
 _TOKENS = "pixel_values bool_masked_pos interpolate_pos_encoding cls_token mask_token dropout patch_embeddings"
 _TOWER = "pixel_values interpolate_pos_encoding patch_embedding position_embedding position_ids"
@@ -725,11 +742,15 @@ _PROTOTYPES = (
     ),
     _Prototype("vit.ViTSelfAttention", ViTSelfAttention, _V4_ATTENTION, _decline_attention),
     _Prototype("dinov2.Dinov2SelfAttention", ViTSelfAttention, _V4_ATTENTION, _decline_attention),
+    _Prototype("yolos.YolosSelfAttention", ViTSelfAttention, f"{_KEPT_ATTENTION} get_interface", _decline_attention),
     _Prototype("vit.ViTMLP", ViTMLP, "hidden_states activation_fn fc1 fc2", _decline_mlp),
     _Prototype("clip.CLIPMLP", ViTMLP, "hidden_states activation_fn fc1 fc2", _decline_mlp),
     _Prototype("dinov2.Dinov2MLP", Dinov2MLP, "hidden_state activation fc1 fc2", _decline_mlp),
     _Prototype("vit.ViTIntermediate", ViTIntermediate, "hidden_states dense intermediate_act_fn", _decline_mlp),
     _Prototype("vit.ViTOutput", ViTOutput, "hidden_states input_tensor dense dropout"),
+    _Prototype("yolos.YolosIntermediate", ViTIntermediate, "hidden_states dense intermediate_act_fn", _decline_mlp),
+    _Prototype("yolos.YolosOutput", ViTOutput, "hidden_states input_tensor dense dropout"),
+    _Prototype("vitpose_backbone.VitPoseBackboneMLP", Dinov2MLP, "hidden_state activation fc1 fc2", _decline_mlp),
     _Prototype(
         "vit.ViTLayer",
         ViTLayer,
@@ -802,9 +823,16 @@ def _known() -> dict[tuple[tuple[str, Any], ...], _Prototype]:
 
 @functools.cache
 def _softmaxes() -> frozenset[tuple[tuple[str, Any], ...]]:
-    """The ways in which the prototypes' files write eager attention: all are the plain softmax."""
+    """The ways in which the layers' files write eager attention: all are the plain softmax.
+
+    Some repeat keys and values for the heads that share them, which is once for the modules that are not declined.
+    """
     found = set()
-    for name in ("vit.ViTLayer", "clip.CLIPEncoderLayer", "siglip.SiglipEncoderLayer", "dinov2.Dinov2Layer"):
+    names = (
+        *("vit.ViTLayer", "clip.CLIPEncoderLayer", "siglip.SiglipEncoderLayer", "dinov2.Dinov2Layer"),
+        *("altclip.AltCLIPEncoderLayer", "idefics2.Idefics2EncoderLayer", "lw_detr.LwDetrViTAttention"),
+    )
+    for name in names:
         kind = _class(name)
         function = None if kind is None else inspect.unwrap(kind.forward).__globals__.get("eager_attention_forward")
         if function is not None:
