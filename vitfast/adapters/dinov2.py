@@ -429,7 +429,9 @@ PROTOTYPES = {
         {
             "forward": (
                 "attn_bias",
-                "XFORMERS_AVAILABLE qkv num_heads unbind memory_efficient_attention proj proj_drop",
+                # the last two in its first versions, where a bias chose the operator
+                "XFORMERS_AVAILABLE qkv num_heads unbind memory_efficient_attention proj proj_drop"
+                " fmha MemoryEfficientAttentionFlashAttentionOp",
             )
         },
         _computes_efficient_attention,
