@@ -492,6 +492,14 @@ class ViTPatchEmbeddings(_PatchEmbeddings):
     """`projection`."""
 
     proj = layers.alias("projection")
+    # whether pixels of another dtype than the weights are cast rather than refused
+    casts = False
+
+    def fusable(self, pixels: Tensor) -> bool:
+        """Whether the kernel computes what Transformers would."""
+        return super().fusable(pixels) and (
+            self.casts or pixels.dtype == self.projection.weight.dtype or torch.is_autocast_enabled(pixels.device.type)
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`."""
@@ -513,6 +521,8 @@ class SizedPatchEmbeddings(ViTPatchEmbeddings):
 
 class Dinov2PatchEmbeddings(ViTPatchEmbeddings):
     """`projection`, for pixels of any dtype."""
+
+    casts = True
 
     def tokens(self, pixels: Tensor, *args: Any) -> Tensor:
         """As `FusedPatchEmbed.tokens`."""
