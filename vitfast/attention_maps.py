@@ -223,6 +223,9 @@ def _grid(model: nn.Module, pixels: Tensor, width: int) -> tuple[int, int]:
     elif conv is not None:
         image, weight = (torch.empty(shape, device="meta") for shape in (pixels.shape, conv.weight.shape))
         grid = F.conv2d(image, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups).shape[-2:]
+    elif isinstance(patch := getattr(model, "patch_size", None), int):
+        # torchvision's, behind a stem of several convolutions
+        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
     else:
         raise ValueError(
             f"{type(model).__name__} has no convolution from {pixels.shape[1]} channels to tokens of width {width}, so "

@@ -376,24 +376,29 @@ def packable(x: Tensor, *linears: Any) -> bool:
 
 
 def packed(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases of three linear layers as one, derived from them; None where none has a bias."""
+    """`joined`, derived from the layers' weights; asked for where they are `packable`."""
     weights, biases = [linear.weight for linear in (q, k, v)], [linear.bias for linear in (q, k, v)]
+    made = kernels.derived("packed", _join, *weights, *biases)
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def joined(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of three linear layers as one; None where none has a bias."""
+    made = _join(q.weight, k.weight, v.weight, q.bias, k.bias, v.bias)
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def _join(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor | None) -> tuple[Tensor, ...]:
+    weight = torch.cat((q, k, v))
     if all(bias is None for bias in biases):
-        return kernels.derived("packed", _pack_weights, *weights)[0], None
-    weight, bias = kernels.derived("packed", _pack, *weights, *biases)
-    return weight, bias
+        return (weight,)
+    zeros = (part.new_zeros(part.shape[0]) for part in (q, k, v))
+    return weight, torch.cat([zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)])
 
 
-def _pack_weights(*weights: Tensor) -> tuple[Tensor]:
-    return (torch.cat(weights),)
-
-
-def _pack(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor]:
-    zeros = [
-        weight.new_zeros(weight.shape[0]) if bias is None else bias
-        for weight, bias in zip((q, k, v), biases, strict=True)
-    ]
-    return torch.cat((q, k, v)), torch.cat(zeros)
+def windows_pay(x: Tensor) -> bool:
+    """Whether windows are cut by the kernel: in inference on a CPU a library's own calls are a little faster."""
+    return x.is_cuda or kernels.INTERPRET or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def position_table(mlp: Any, coords: Tensor) -> Tensor:

@@ -437,4 +437,5 @@ def test_on_a_gpu(architecture, dtype):
     _need(architecture)
     plain = architecture.build().to("cuda", dtype)
     fused = vitfast.accelerate(copy.deepcopy(plain))
-    _assert_calls(plain, fused, images(2, 3, *architecture.size).to("cuda", dtype), architecture.calls)
+    # enough numbers for errors of 16 bits to be more than luck
+    _assert_calls(plain, fused, images(16, 3, *architecture.size).to("cuda", dtype), architecture.calls)

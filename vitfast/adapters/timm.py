@@ -474,7 +474,8 @@ class _WindowAttention(layers.FusedAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Windows `[B, N, D]` to `[B, N, D]`; masked attention is timm's own, so it is a block that shifts windows."""
         height, width = self.window_size
-        if mask is not None or layers.symbolic(x) or x.shape[1] != height * width or not self.fusable():
+        cut = mask is not None or layers.symbolic(x) or x.shape[1] != height * width
+        if cut or not layers.windows_pay(x) or not self.fusable():
             return super().forward(x, mask)  # type: ignore[misc]
         return self.fused(x.unflatten(1, (height, width))).flatten(1, 2)
 
@@ -532,7 +533,8 @@ class _SwinBlock(layers.FusedBlock):
         attn: Any = self.attn
         size = tuple(x.shape[1:3])
         return (
-            self._takes_residual(attn)
+            layers.windows_pay(x)
+            and self._takes_residual(attn)
             and isinstance(attn, _WindowAttention)
             and "_attn" not in vars(self)
             and tuple(attn.window_size) == tuple(self.window_size)

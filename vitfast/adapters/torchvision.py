@@ -121,10 +121,9 @@ class _ShiftedWindows(layers.FusedAttention):
         return not dropout and self.attention_backend in ("auto", "triton")
 
     def cuts(self, x: Tensor) -> bool:
-        """Whether windows divide this map `[B, H, W, D]`."""
-        return x.dim() == 4 and not any(
-            side % window for side, window in zip(x.shape[1:3], self.window_size, strict=True)
-        )
+        """Whether the kernel cuts this map `[B, H, W, D]`: windows divide it."""
+        sides = zip(x.shape[1:3], self.window_size, strict=True)
+        return x.dim() == 4 and layers.windows_pay(x) and not any(side % window for side, window in sides)
 
     def bias_in(self) -> Tensor | None:
         """Of the projection to q, k and v."""

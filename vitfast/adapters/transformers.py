@@ -417,6 +417,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
         attn, window = self.attention, self.window_size
         return (
             not layers.symbolic(tokens)
+            and layers.windows_pay(tokens)
             and not torch.jit.is_tracing()
             # padded maps have tokens that are none; the libraries pad in different ways
             and size[0] % window == 0
@@ -449,6 +450,9 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
         parts = (attn.q_proj, attn.k_proj, attn.v_proj)
         if layers.packable(normed, *parts):
             qkv = kernels.linear(normed, *layers.packed(*parts), tf32=self.tf32)
+        elif normed.shape[:-1].numel() > normed.shape[-1]:
+            # weights are fewer than what comes of them
+            qkv = kernels.linear(normed, *layers.joined(*parts), tf32=self.tf32)
         else:
             qkv = torch.cat([layers._linear(part, normed, None, None, self.tf32) for part in parts], dim=-1)
         out = kernels.window_attention(
