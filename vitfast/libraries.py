@@ -127,12 +127,15 @@ def _transformers(transformers: Any, name: str, img_size: int | None, weights: b
     vision = getattr(config, "vision_config", config)
     if img_size is not None:
         vision.image_size = img_size
-    kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-    model: nn.Module
-    if weights:
-        model = kind.from_pretrained(name, config=config)
-    else:
-        model = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+    try:
+        kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        if weights:
+            model: nn.Module = kind.from_pretrained(name, config=config)
+        else:
+            model = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+    except ModuleNotFoundError as error:
+        # how Transformers says that one of its files does not import
+        raise ImportError(f"transformers does not import this model: {error}; `vitfast doctor` may say why") from error
     return model
 
 

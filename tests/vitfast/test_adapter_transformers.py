@@ -415,6 +415,8 @@ def test_llava_tower():
     fused = vitfast.accelerate(copy.deepcopy(plain))
     names = fused_names(fused)
     assert ("FusedCLIPAttention" if V4 else "FusedCLIPEncoderLayer") in names.values()
+    # the language model's gated MLPs are no part of it
+    assert kept_reasons(fused) == {}
     ids = torch.tensor([[3] + [98] * 16 + [4, 5]])
     x = images(1, 3, 32, 32)
     with torch.no_grad():

@@ -871,4 +871,7 @@ def find(kind: Any) -> Swap | None:
     if not issubclass(kind, nn.Module) or not hasattr(inspect.unwrap(kind.forward), "__code__"):
         return None
     prototype = _known().get(instructions(kind.forward))
-    return None if prototype is None else Swap(around(prototype.mixin, kind), prototype.decline)
+    # language models have gated MLPs too, and those are nobody's business here
+    if prototype is None or (prototype.decline is _decline_gated and "SwiGLUFFN" not in kind.__name__):
+        return None
+    return Swap(around(prototype.mixin, kind), prototype.decline)
