@@ -28,6 +28,8 @@ from vitfast.kernels import (
     layer_norm_ref,
     linear_ref,
     patch_embed_ref,
+    relative_attention_ref,
+    window_attention_ref,
 )
 from vitfast.libraries import image_shape, library
 from vitfast.parity import build_model, first_tensor
@@ -46,6 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """The suite's models, with what is overridden (a headless model gets a head, so that every model gives logits)."""
 
+BEIT = "timm:beit_base_patch16_224"
+SWIN = "timm:swin_base_patch4_window7_224"
 LIBRARY_MODELS = (
     "timm:vit_base_patch16_224",
     "torchvision:vit_b_16",
@@ -53,8 +57,8 @@ LIBRARY_MODELS = (
     "transformers:clip_vision_model",
     "open_clip:ViT-B-16",
     "transformers:dinov2",
-    "timm:beit_base_patch16_224",
-    "timm:swin_base_patch4_window7_224",
+    BEIT,
+    SWIN,
     "torchvision:swin_b",
     "transformers:swin",
 )
@@ -410,6 +414,73 @@ def _model_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
     yield Workload("end_to_end", model, "end_to_end", model, shape, dtype, flops, decoded, take_files, whole)
 
 
+def _library_kernels(model: str, batch: int, dtype: str) -> Iterator[Workload]:
+    """Attention that only other libraries' models have: BEiT-B's, and Swin-B's in the shifted blocks of each stage."""
+    e = DTYPES[dtype].itemsize
+
+    def make(
+        name: str, shape: dict[str, int], inputs: Callable[[Callable[..., Tensor]], dict[str, Any]], reference: Any
+    ) -> Workload:
+        rows, width, seen, table = (shape[key] for key in ("tokens", "dim", "keys", "table"))
+        return Workload(
+            "kernel",
+            f"{name}/{model}",
+            name.partition(".")[0],
+            model,
+            {"batch": batch, **shape},
+            dtype,
+            4.0 * batch * rows * seen * width,
+            (4 * batch * rows * width + table * shape["heads"]) * e,
+            lambda device, index: inputs(_random(device, DTYPES[dtype], index)),
+            reference,
+        )
+
+    if model == BEIT:
+        side, heads, d = 14, 12, 64
+        n, table = side * side + 1, (2 * side - 1) ** 2 + 3
+        yield make(
+            "relative_attention",
+            {"tokens": n, "keys": n, "dim": heads * d, "heads": heads, "table": table},
+            lambda draw: {
+                "qkv": draw(batch, n, 3, heads, d),
+                "table": draw(table, heads),
+                "grid": (side, side),
+            },
+            _relative_attention_ref,
+        )
+    if model == SWIN:
+        window = 7
+        for stage, (side, heads) in enumerate(((56, 4), (28, 8), (14, 16), (7, 32)), start=1):
+            # the last stage's map is one window: there is nothing to shift
+            shift = 0 if side == window else window // 2
+            table = (2 * window - 1) ** 2
+            yield make(
+                f"window_attention.{stage}",
+                {"tokens": side * side, "keys": window * window, "dim": 32 * heads, "heads": heads, "table": table},
+                functools.partial(_window_inputs, batch, side, heads, window, shift, table),
+                lambda qkv, heads, window, shift, table: window_attention_ref(
+                    qkv, heads, list(window), list(shift), table, None, 32**-0.5, False
+                ),
+            )
+
+
+def _relative_attention_ref(qkv: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return relative_attention_ref(q, k, v, table, *grid, q.shape[-1] ** -0.5, False).flatten(2)
+
+
+def _window_inputs(
+    batch: int, side: int, heads: int, window: int, shift: int, table: int, draw: Callable[..., Tensor]
+) -> dict[str, Any]:
+    return {
+        "qkv": draw(batch, side, side, 3 * 32 * heads),
+        "heads": heads,
+        "window": (window, window),
+        "shift": (shift, shift),
+        "table": draw(table, heads),
+    }
+
+
 def _library_workload(model: str, batch: int, dtype: str) -> Workload:
     reference = library_model(model)
     channels, height, width = image_shape(reference.model)
@@ -433,7 +504,7 @@ def workloads(
     Args:
         layers: of `results.LAYERS`.
         models: names of architectures; those outside `MODELS` work too. Names with a library in front, such as
-            `LIBRARY_MODELS`, have the layer "model" only.
+            `LIBRARY_MODELS`, have the layer "model", and "kernel" where attention is their own (`BEIT`, `SWIN`).
         batches: images a call.
         dtypes: keys of `DTYPES`.
 
@@ -448,6 +519,7 @@ def workloads(
         for model in models:
             for batch in batches:
                 if ":" in model:
+                    found += _library_kernels(model, batch, dtype) if "kernel" in layers else []
                     found += [_library_workload(model, batch, dtype)] if "model" in layers else []
                     continue
                 every = [*_kernel_workloads(model, batch, dtype), *_model_workloads(model, batch, dtype)]

@@ -321,6 +321,7 @@ def _kernels(plan: Plan) -> list[Item]:
     todo += workloads(("kernel",), (B,), (1,), (plan.dtype,))
     others = ("vit_huge_patch14_224", "vit_base_patch16_384", "vit_base_patch14_dinov2")
     todo += workloads(("kernel",), others, (64,), (plan.dtype,))
+    todo += workloads(("kernel",), (registry.BEIT, registry.SWIN), (plan.batch, 1), (plan.dtype,))
     return _rows(plan, todo, None)
 
 

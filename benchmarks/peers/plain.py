@@ -18,7 +18,10 @@ from ..registry import Workload, photo_spec
 from . import Peer, train_step
 
 MODULES = frozenset({"block", "model", "library", "train", "end_to_end"})
-OPS = frozenset({"patch_embed", "layer_norm", "add_layer_norm", "attention", "linear"}) | MODULES
+KERNELS = frozenset(
+    {"patch_embed", "layer_norm", "add_layer_norm", "attention", "relative_attention", "window_attention", "linear"}
+)
+OPS = KERNELS | MODULES
 
 GRAPHED = frozenset({"block", "model", "library"})
 

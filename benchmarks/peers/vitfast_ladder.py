@@ -14,7 +14,7 @@ from vitfast.layers import KINDS
 
 from ..registry import MEAN, STD, Normalized, Workload
 from . import Peer
-from .plain import GRAPHED, MODULES, module_function, never_missing, plain_module
+from .plain import GRAPHED, KERNELS, MODULES, module_function, never_missing, plain_module
 
 RUNGS: dict[str, frozenset[str]] = {
     "patch_embed": frozenset({"model", "train", "end_to_end"}),
@@ -60,9 +60,15 @@ def _needs_cuda(what: str) -> Callable[[Workload, torch.device], str | None]:
     return lambda workload, device: None if device.type == "cuda" else f"{what} needs a CUDA device"
 
 
+def _relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], tf32: bool) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return kernels.relative_attention(q, k, v, table, grid, tf32=tf32).transpose(1, 2).flatten(2)
+
+
 def _kernel(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
     tf32: dict[str, Any] = {} if workload.op in ("layer_norm", "add_layer_norm") else {"tf32": workload.dtype == "tf32"}
-    op = {"attention": kernels.attention_qkv}.get(workload.op) or getattr(kernels, workload.op)
+    others: dict[str, Any] = {"attention": kernels.attention_qkv, "relative_attention": _relative_attention}
+    op = others.get(workload.op) or getattr(kernels, workload.op)
 
     def run(inputs: dict[str, Any]) -> Tensor:
         with torch.inference_mode():
@@ -72,11 +78,10 @@ def _kernel(workload: Workload, device: torch.device) -> Callable[[dict[str, Any
     return run
 
 
-_KERNELS = frozenset({"patch_embed", "layer_norm", "add_layer_norm", "attention", "linear"})
 _INFERENCE = MODULES - {"train"}
 
 PEERS = (
-    Peer("vitfast", _KERNELS, never_missing, _kernel),
+    Peer("vitfast", KERNELS, never_missing, _kernel),
     *(
         Peer(f"vitfast +{kind}", ops, _needs_cuda("folding") if kind == "fold" else never_missing, _rung(kind))
         for kind, ops in RUNGS.items()

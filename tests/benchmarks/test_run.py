@@ -161,6 +161,15 @@ def test_other_libraries_models_plain_and_accelerated(tmp_path: Path, monkeypatc
     assert missing["open_clip:ViT-B-16"] == 'this needs open_clip; pip install "vitfast[open-clip]"'
 
 
+def test_attention_of_other_libraries_models(tmp_path: Path) -> None:
+    todo = registry.workloads(("kernel",), (registry.BEIT, registry.SWIN), (1,), ("fp32",))
+    assert [workload.op for workload in todo] == ["relative_attention"] + ["window_attention"] * 4
+    names = ("torch eager", "vitfast")
+    result = run.run(todo, tmp_path / "r.json", CPU, peer_names=names, budget_s=600.0, quick=True, say=print)
+    ok = {(row.workload, row.candidate) for row in result.rows if row.status == "ok"}
+    assert ok == {(workload.name, name) for workload in todo for name in names}
+
+
 def test_every_kernel_is_offered_by_torch_and_by_us(tmp_path: Path) -> None:
     result, _ = _run(tmp_path / "r.json", "torch eager", "vitfast", layers=("kernel",))
     ok = {(row.workload.split("/")[0], row.candidate) for row in result.rows if row.status == "ok"}
