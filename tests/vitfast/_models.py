@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import timm
@@ -24,6 +25,25 @@ from vitfast.layers import FusedLayer
 
 # odd enough that swapped sizes show: 3 x 4 patches, head width 12, two blocks
 TINY = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
+
+# sizes of Transformers' models, and of the text models beside them: 4 x 4 patches, head width 12
+HF_TINY: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+HF_TEXT: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+    "max_position_embeddings": 16,
+}
+V4 = version("transformers").startswith("4.")
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

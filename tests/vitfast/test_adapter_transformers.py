@@ -41,6 +41,9 @@ from transformers.models.vit import modeling_vit
 
 import vitfast
 from tests.vitfast._models import (
+    HF_TEXT,
+    HF_TINY,
+    V4,
     assert_equal,
     assert_same,
     check,
@@ -55,28 +58,9 @@ from vitfast import kernels
 from vitfast.adapters import transformers as adapter
 from vitfast.layers import KINDS
 
-# 4 x 4 patches, head width 12
-TINY: dict[str, Any] = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "image_size": 32,
-    "patch_size": 8,
-}
-TEXT: dict[str, Any] = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 99,
-    "max_position_embeddings": 16,
-}
-V4 = transformers.__version__.startswith("4.")
-
 
 def build(kind: type[nn.Module], config: type, **changes: Any) -> nn.Module:
-    return randomise(kind(config(**{**TINY, **changes}))).eval()
+    return randomise(kind(config(**{**HF_TINY, **changes}))).eval()
 
 
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -151,7 +135,7 @@ def assert_close_trees(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "CLIP", "SigLIP", "DINOv2"])
 def test_captured_outputs_stay_and_blocks_stay_fused(name):
     kind, config, options = MODELS[name]
-    settings = config(**{**TINY, **options})
+    settings = config(**{**HF_TINY, **options})
     settings._attn_implementation = "eager"
     plain = randomise(kind(settings)).eval()
     assert plain.config._attn_implementation == "eager"
@@ -229,7 +213,7 @@ TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
 def test_training(case, implementation):
     name, options = TRAINING[case]
     kind, config, more = MODELS[name]
-    settings = config(**{**TINY, **more, **options})
+    settings = config(**{**HF_TINY, **more, **options})
     settings._attn_implementation = implementation
     plain = randomise(kind(settings))
     fused = vitfast.accelerate(copy.deepcopy(plain))
@@ -261,7 +245,7 @@ def test_gradient_checkpointing(name):
 def test_attention_mask(implementation):
     if V4:
         pytest.skip("version 4's ViT takes no attention mask")
-    settings = ViTConfig(**TINY)
+    settings = ViTConfig(**HF_TINY)
     settings._attn_implementation = implementation
     plain = randomise(ViTModel(settings)).eval()
     fused = vitfast.accelerate(copy.deepcopy(plain))
@@ -360,7 +344,7 @@ def test_other_layouts_and_spellings(name, implementation):
     if V4:
         pytest.skip("written for version 5's layout")
     kind, options, roles = OTHERS[name]
-    config = getattr(transformers, f"{name}Config")(**{**TINY, **options})
+    config = getattr(transformers, f"{name}Config")(**{**HF_TINY, **options})
     plain = randomise(getattr(transformers, kind)(config)).eval()
     plain.set_attn_implementation(implementation)
     for key, parameter in plain.named_parameters():
@@ -380,9 +364,9 @@ def test_other_layouts_and_spellings(name, implementation):
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
 def test_both_towers(kind):
     if kind == "CLIP":
-        plain = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=TINY))
+        plain = CLIPModel(CLIPConfig(text_config=HF_TEXT, vision_config=HF_TINY))
     else:
-        plain = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=TINY))
+        plain = SiglipModel(SiglipConfig(text_config=HF_TEXT, vision_config=HF_TINY))
     plain = randomise(plain).eval()
     fused = vitfast.accelerate(copy.deepcopy(plain))
     generator = torch.Generator().manual_seed(5)
@@ -409,7 +393,7 @@ def test_llava_tower():
         pad_token_id=0,
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**TINY), text_config=text, image_token_index=98, vision_feature_layer=-1
+        vision_config=CLIPVisionConfig(**HF_TINY), text_config=text, image_token_index=98, vision_feature_layer=-1
     )
     plain = randomise(LlavaForConditionalGeneration(config)).eval()
     fused = vitfast.accelerate(copy.deepcopy(plain))
@@ -517,7 +501,7 @@ def test_swin_windows_are_not_moved(monkeypatch):
 
 
 def test_masked_patches():
-    plain = randomise(ViTModel(ViTConfig(**TINY), use_mask_token=True)).eval()
+    plain = randomise(ViTModel(ViTConfig(**HF_TINY), use_mask_token=True)).eval()
     fused = vitfast.accelerate(copy.deepcopy(plain))
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[:, ::3] = True
@@ -526,12 +510,12 @@ def test_masked_patches():
 
 @pytest.mark.parametrize("name", ["ViT", "BEiT", "CLIP", "DINOv2"])
 def test_pixels_of_another_dtype(name):
-    """Some models cast them, others refuse them: BEiT in version 5."""
+    """Some models cast them, others refuse them."""
     plain = make(name).to(torch.bfloat16)
     fused = vitfast.accelerate(copy.deepcopy(plain))
     x = images(2, 3, 32, 32)
     with torch.no_grad():
-        if name == "BEiT" and not V4:
+        if name == "BEiT":
             for model in (plain, fused):
                 with pytest.raises(RuntimeError, match=r"Input type \(float\)"):
                     model(x)

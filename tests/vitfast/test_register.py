@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -34,29 +33,12 @@ from transformers import (
 
 import vitfast
 from tests._close import assert_close
-from tests.vitfast._models import assert_same, images, randomise
+from tests.vitfast._models import HF_TEXT, HF_TINY, V4, assert_same, images, randomise
 from vitfast import kernels
 
 # the module; the package exports a function under its name
 module = importlib.import_module("vitfast.register")
 
-V4 = transformers.__version__.startswith("4.")
-TINY: dict[str, Any] = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "image_size": 32,
-    "patch_size": 8,
-}
-TEXT: dict[str, Any] = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 99,
-    "max_position_embeddings": 16,
-}
 TOWERS: dict[str, tuple[Any, Any]] = {
     "ViT": (ViTModel, ViTConfig),
     "CLIP": (CLIPVisionModel, CLIPVisionConfig),
@@ -88,7 +70,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
 
 def tower(name: str, implementation: str, **changes: Any) -> nn.Module:
     kind, config = TOWERS[name]
-    settings = config(**{**TINY, **changes})
+    settings = config(**{**HF_TINY, **changes})
     settings._attn_implementation = implementation
     return randomise(kind(settings)).eval()
 
@@ -159,7 +141,7 @@ def test_set_attn_implementation_and_back(launches: list[Tensor | None]) -> None
 
 def test_models_of_one_config_share_the_implementation(launches: list[Tensor | None]) -> None:
     # Transformers' own rule, which the docstring warns of
-    settings = ViTConfig(**TINY)
+    settings = ViTConfig(**HF_TINY)
     first, second = ViTModel(settings).eval(), ViTModel(settings).eval()
     first.set_attn_implementation("vitfast")
     second(images(*X))
@@ -185,8 +167,8 @@ def text_inputs(padding: str) -> dict[str, Tensor]:
 
 def two_towers(kind: str, implementation: str) -> nn.Module:
     settings: Any = {
-        "CLIP": lambda: CLIPConfig(text_config=TEXT, vision_config=TINY),
-        "SigLIP": lambda: SiglipConfig(text_config=TEXT, vision_config=TINY),
+        "CLIP": lambda: CLIPConfig(text_config=HF_TEXT, vision_config=HF_TINY),
+        "SigLIP": lambda: SiglipConfig(text_config=HF_TEXT, vision_config=HF_TINY),
     }[kind]()
     model = {"CLIP": CLIPModel, "SigLIP": SiglipModel}[kind](settings)
     model = randomise(model).eval()
