@@ -396,6 +396,23 @@ def _join(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor | None) -> tuple[Tens
     return weight, torch.cat([zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)])
 
 
+def by_columns(table: Tensor) -> Tensor:
+    """A table of positions `[rows, H]` with each head's column in one piece, for the kernels that gather from it.
+
+    Neighbouring keys read neighbouring rows: of a table by rows each from a sector of memory of its own. In inference
+    the copy is derived from the table, else it is made in each call, which is a few KB.
+    """
+    if not table.is_cuda and not kernels.INTERPRET:
+        return table
+    if derivable(table) and not table.is_inference():
+        return kernels.derived("columns", _by_columns, table)[0].t()
+    return _by_columns(table)[0].t()
+
+
+def _by_columns(table: Tensor) -> tuple[Tensor]:
+    return (table.t().contiguous(),)
+
+
 def windows_pay(x: Tensor) -> bool:
     """Whether windows are cut by the kernel: in inference on a CPU a library's own calls are a little faster."""
     return x.is_cuda or kernels.INTERPRET or torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -404,7 +421,7 @@ def windows_pay(x: Tensor) -> bool:
 def position_table(mlp: Any, coords: Tensor) -> Tensor:
     """Swin V2's bias by offset, `[(2 * wh - 1) * (2 * ww - 1), H]`, from the small MLP that makes it of coordinates.
 
-    In inference on a GPU it is derived from the MLP's weights.
+    In inference on a GPU it is derived from the MLP's weights, by columns.
     """
     first, act, last = mlp
     if not (
@@ -416,14 +433,15 @@ def position_table(mlp: Any, coords: Tensor) -> Tensor:
         and not coords.is_inference()
         and not first.weight.is_inference()
     ):
-        return 16 * torch.sigmoid(mlp(coords).flatten(0, -2))
+        return by_columns(16 * torch.sigmoid(mlp(coords).flatten(0, -2)))
     # by the size too: a buffer of another window may stand where an older one stood
     what = f"table {coords.shape[-3]}x{coords.shape[-2]}"
-    return kernels.derived(what, _position_table, first.weight, first.bias, last.weight, coords)[0]
+    return kernels.derived(what, _position_table, first.weight, first.bias, last.weight, coords)[0].t()
 
 
 def _position_table(weight: Tensor, bias: Tensor, out: Tensor, coords: Tensor) -> tuple[Tensor]:
-    return (16 * torch.sigmoid(F.linear(F.relu(F.linear(coords, weight, bias)), out).flatten(0, -2)),)
+    table = 16 * torch.sigmoid(F.linear(F.relu(F.linear(coords, weight, bias)), out).flatten(0, -2))
+    return _by_columns(table)
 
 
 def cosine_scales(logit_scale: Tensor) -> Tensor:

@@ -684,20 +684,50 @@ WINDOW_ATTENTION = [
     _window_attention("cosine-fp32-scale", (6, 10), (3, 5), (1, 2), 3, 32, cosine=True, wide=True),
     _window_attention("cosine-9x8", (9, 16), (9, 8), (4, 4), 2, 13, cosine=True, layout="ragged"),
     _window_attention("cosine-d72", (6, 6), (3, 3), (0, 1), 2, 72, cosine=True, layout="offset"),
-    _window_attention("Swin-T-1", (56, 56), (7, 7), (3, 3), 3, 32, real=True, interpret=False, core=True),
+    _window_attention(
+        "Swin-T-1", (56, 56), (7, 7), (3, 3), 3, 32, real=True, table_layout="transposed", interpret=False, core=True
+    ),
     _window_attention("Swin-T-3", (14, 14), (7, 7), (0, 0), 12, 32, real=True, interpret=False),
-    _window_attention("Swin-T-4", (7, 7), (7, 7), (0, 0), 24, 32, real=True),
-    _window_attention("Swin-B-2", (28, 28), (7, 7), (3, 3), 8, 32, real=True, interpret=False),
-    _window_attention("Swin-B-384", (96, 96), (12, 12), (6, 6), 4, 32, real=True, interpret=False),
-    _window_attention("Swin-S3-T-3", (14, 14), (14, 14), (0, 0), 12, 32, real=True, interpret=False),
+    _window_attention("Swin-T-4", (7, 7), (7, 7), (0, 0), 24, 32, real=True, table_layout="transposed"),
+    _window_attention(
+        "Swin-B-2", (28, 28), (7, 7), (3, 3), 8, 32, real=True, table_layout="transposed", interpret=False
+    ),
+    _window_attention(
+        "Swin-B-384", (96, 96), (12, 12), (6, 6), 4, 32, real=True, table_layout="transposed", interpret=False
+    ),
+    _window_attention(
+        "Swin-S3-T-3", (14, 14), (14, 14), (0, 0), 12, 32, real=True, table_layout="transposed", interpret=False
+    ),
     _window_attention(
         "SwinV2-T-8-1", (64, 64), (8, 8), (4, 4), 3, 32, cosine=True, real=True, interpret=False, core=True
     ),
     _window_attention(
         "SwinV2-B-16-1", (64, 64), (16, 16), (8, 8), 4, 32, cosine=True, real=True, interpret=False, core=True
     ),
-    _window_attention("SwinV2-B-16-3", (16, 16), (16, 16), (0, 0), 16, 32, cosine=True, real=True, interpret=False),
-    _window_attention("SwinV2-B-24-1", (96, 96), (24, 24), (12, 12), 4, 32, cosine=True, real=True, interpret=False),
+    _window_attention(
+        "SwinV2-B-16-3",
+        (16, 16),
+        (16, 16),
+        (0, 0),
+        16,
+        32,
+        cosine=True,
+        real=True,
+        table_layout="transposed",
+        interpret=False,
+    ),
+    _window_attention(
+        "SwinV2-B-24-1",
+        (96, 96),
+        (24, 24),
+        (12, 12),
+        4,
+        32,
+        cosine=True,
+        real=True,
+        table_layout="transposed",
+        interpret=False,
+    ),
 ]
 
 # patch_embed

@@ -141,10 +141,24 @@ def test_what_is_left_alone_is_reported():
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("version", [1, 2])
-def test_in_the_kernel(version):
+def test_in_the_kernel(version, monkeypatch):
     plain = swin(version)
     fused = vitfast.accelerate(copy.deepcopy(plain))
     x = images(1, 3, 32, 32)
+    tables = []
+    inner = kernels.window_attention
+
+    def note(qkv, heads, window, shift, table, *args, **kwargs):
+        tables.append((table.stride(0), table.data_ptr()))
+        return inner(qkv, heads, window, shift, table, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "window_attention", note)
+    # each head's column in one piece, made once
+    for _ in range(2):
+        with torch.no_grad():
+            fused(x)
+    assert tables[:4] == tables[4:]
+    assert {stride for stride, _ in tables} == {1}
     with torch.no_grad():
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
         for model in (plain, fused):

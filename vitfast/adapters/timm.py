@@ -268,9 +268,7 @@ class FusedTimmBeitAttention(_PartBias, beit.Attention):
         q, k, v = self.heads(qkv)
         if bias is not None or self.attention_backend not in attention_backends.OURS:
             return self.mixed(q, k, v, self._summed(bias))
-        if layers.derivable(table) and not table.is_inference():
-            # the kernel reads one head's column at a time
-            table = kernels.derived("columns", _columns, table)[0]
+        table = layers.by_columns(table)
         out = kernels.relative_attention(q, k, v, table, tuple(self.window_size), self.scale, tf32=self.tf32)
         return out.transpose(1, 2).flatten(2)
 
@@ -290,10 +288,6 @@ class FusedTimmBeitAttention(_PartBias, beit.Attention):
         if layers.symbolic(x) or not self.fusable():
             return super().forward(x, shared_rel_pos_bias)
         return self.fused(x, bias=shared_rel_pos_bias)
-
-
-def _columns(table: Tensor) -> tuple[Tensor]:
-    return (table.t().contiguous().t(),)
 
 
 class _ScaledBlock(layers.FusedBlock):
@@ -455,7 +449,7 @@ class _WindowAttention(layers.FusedAttention):
 
     def table(self) -> Tensor:
         """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
-        return self.relative_position_bias_table
+        return layers.by_columns(self.relative_position_bias_table)
 
     def scales(self) -> Any:
         """Of the scores: a number, or one per head for cosine attention."""

@@ -131,7 +131,7 @@ class _ShiftedWindows(layers.FusedAttention):
 
     def table(self) -> Tensor:
         """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
-        return self.relative_position_bias_table
+        return layers.by_columns(self.relative_position_bias_table)
 
     def scales(self) -> Any:
         """Of the scores: a number, or one per head for cosine attention."""

@@ -375,7 +375,7 @@ class BeitLayer(ViTLayer):
         # the original reads a table that is not square with its sides exchanged
         if grid != tuple(module.window_size) or grid[0] != grid[1]:
             return False
-        return module.relative_position_bias_table, grid
+        return layers.by_columns(module.relative_position_bias_table), grid
 
     def given(self, relative: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The table and the grid, for fused attention."""
@@ -460,7 +460,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             attn.num_attention_heads,
             (self.window_size,) * 2,
             (int(self.shift_size),) * 2,
-            attn.relative_position_bias.relative_position_bias_table,
+            layers.by_columns(attn.relative_position_bias.relative_position_bias_table),
             attn.scaling,
             tf32=self.tf32,
         )
