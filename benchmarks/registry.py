@@ -443,7 +443,8 @@ def _library_kernels(model: str, batch: int, dtype: str) -> Iterator[Workload]:
             {"tokens": n, "keys": n, "dim": heads * d, "heads": heads, "table": table},
             lambda draw: {
                 "qkv": draw(batch, n, 3, heads, d),
-                "table": draw(table, heads),
+                # by columns, as the adapters hand it over
+                "table": draw(heads, table).t(),
                 "grid": (side, side),
             },
             _relative_attention_ref,
@@ -477,7 +478,7 @@ def _window_inputs(
         "heads": heads,
         "window": (window, window),
         "shift": (shift, shift),
-        "table": draw(table, heads),
+        "table": draw(heads, table).t(),
     }
 
 
