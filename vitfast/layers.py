@@ -12,6 +12,7 @@ the place of a linear one, active dropout), it calls those modules as the origin
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,8 @@ KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail
 
 # in the place of a module that a library's layer does not have
 IDENTITY = nn.Identity()
+
+_leaving = threading.local()
 
 
 def alias(name: str) -> Any:
@@ -137,12 +140,19 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Any:
         """As `torch.nn.Module.train`. What is derived from weights is made anew: some optimisers write unseen."""
-        if self.training and not mode:
-            for parameter in self.parameters():
-                kernels.expire(parameter)
-            # at once, for graphs that only replay
-            kernels.rederive()
-        return super().train(mode)
+        if not self.training or mode or getattr(_leaving, "training", False):
+            return super().train(mode)
+        for parameter in self.parameters():
+            kernels.expire(parameter)
+        # the fused layers inside are seen to
+        _leaving.training = True
+        try:
+            super().train(mode)
+        finally:
+            _leaving.training = False
+        # at once, for graphs that only replay
+        kernels.rederive()
+        return self
 
     def limits(self) -> list[str]:
         """What this layer leaves to the original's modules at present, one sentence each."""

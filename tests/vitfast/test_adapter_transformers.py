@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import types
 from typing import Any
@@ -702,6 +703,31 @@ def test_shared_weights_and_restore_after_training():
     assert type(restored.vit) is ViTModel
     torch.testing.assert_close(restored(x).logits, expected, rtol=1e-4, atol=1e-4)
     assert any(not torch.equal(p, before[name]) for name, p in restored.named_parameters())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["ViT", "BEiT", "Swin"])
+def test_what_is_derived_is_made_anew_once_when_training_ends(name, monkeypatch):
+    plain = swin() if name == "Swin" else make(name)
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    x = images(1, 3, 32, 32)
+    made = []
+    derived = importlib.import_module("vitfast.kernels._derived")
+    inner = derived._make
+    monkeypatch.setattr(derived, "_make", lambda what, *args: made.append(what) or inner(what, *args))
+    with torch.no_grad():
+        fused(x)
+        first = list(made)
+        assert "packed" in first
+        for model in (plain, fused):
+            model.train()
+            for parameter in model.parameters():
+                # unseen by versions
+                parameter.data.mul_(1.2)
+            model.eval()
+        # one thing may be derived from another
+        assert len(first) <= len(made[len(first) :]) <= 2 * len(first)
+        assert_close_trees(fused(x).last_hidden_state, plain(x).last_hidden_state)
 
 
 @pytest.mark.interpret
