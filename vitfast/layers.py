@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import attention_backends, kernels
 
@@ -31,6 +32,9 @@ KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail
 IDENTITY = nn.Identity()
 
 _leaving = threading.local()
+
+# of tokens that a block handed on: their version, and the statistics of each
+_statistics: Any = WeakTensorKeyDictionary()
 
 
 def alias(name: str) -> Any:
@@ -672,15 +676,14 @@ class FusedBlock(FusedLayer):
         return kernels.linear_stats(out, fc2.weight, fc2.bias, residual=x, scale=gamma, tf32=mlp.tf32)
 
     def folded(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """`fused` with both norms folded. Statistics of the result travel with it, for the block behind."""
-        known = None if x.is_inference() else getattr(x, "_vitfast_stats", None)
-        stats = known[1] if known is not None and known[0] == x._version else None
-        x, stats = self.folded_attention(x, stats, **kwargs)
-        # inference tensors do not say when they change: the next block reads them once more
-        wanted = not x.is_inference()
-        x, after = self.folded_mlp(x, stats, wanted)
-        if wanted:
-            x._vitfast_stats = (x._version, after)  # type: ignore[attr-defined]
+        """`fused` with both norms folded. Statistics of the result are kept for the block behind, while it lives."""
+        # inference tensors do not say when they change: each block reads them once more
+        kept = not x.is_inference()
+        version, stats = _statistics.get(x, (None, None)) if kept else (None, None)
+        x, stats = self.folded_attention(x, stats if kept and version == x._version else None, **kwargs)
+        x, after = self.folded_mlp(x, stats, kept)
+        if kept:
+            _statistics[x] = (x._version, after)
         return x
 
     def first(self, x: Tensor, kept: int) -> Tensor:

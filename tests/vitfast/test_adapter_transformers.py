@@ -55,7 +55,7 @@ from tests.vitfast._models import (
     randomise,
     run,
 )
-from vitfast import kernels
+from vitfast import kernels, layers
 from vitfast.adapters import transformers as adapter
 from vitfast.layers import KINDS
 
@@ -768,10 +768,13 @@ def test_norms_are_folded_and_statistics_handed_on(name, mode, monkeypatch):
         assert_close_trees(fused(x), plain(x))
         # a watched block is computed unfolded, what it looks at is there
         tokens = blocks[0](images(1, 5, 48), None)
-        assert len(tokens._vitfast_stats) == 2
+        assert len(layers._statistics) == 1
+        assert tokens in layers._statistics
         blocks[1]._forward_pre_hooks.clear()
         tokens.mul_(3)
         torch.testing.assert_close(blocks[1](tokens, None), blocks[1](tokens.clone(), None), rtol=1e-4, atol=1e-4)
+    del tokens
+    assert not len(layers._statistics)
     # and nothing of it is left behind
     vitfast.restore(fused)
     assert not any(kernels.expire.__globals__["_cache"].get(p) for p in fused.parameters())
