@@ -254,33 +254,41 @@ def _random(device: torch.device, dtype: torch.dtype, index: int) -> Callable[..
     return draw
 
 
+_Inputs = Callable[[Callable[..., Tensor]], dict[str, Any]]
+
+
+def _kernel_workload(
+    model: str,
+    batch: int,
+    dtype: str,
+    name: str,
+    shape: dict[str, int],
+    flops: float,
+    elements: float,
+    inputs: _Inputs,
+    reference: Callable[..., Tensor],
+) -> Workload:
+    return Workload(
+        "kernel",
+        f"{name}/{model}",
+        name.partition(".")[0],
+        model,
+        {"batch": batch, **shape},
+        dtype,
+        flops,
+        elements * DTYPES[dtype].itemsize,
+        lambda device, index: inputs(_random(device, DTYPES[dtype], index)),
+        reference,
+    )
+
+
 def _kernel_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
     size = dimensions(model)
     n, d, h, hidden = size["tokens"], size["dim"], size["heads"], size["hidden"]
-    rows, e = batch * n, DTYPES[dtype].itemsize
+    rows = batch * n
     patches = (size["height"] // size["patch"]) * (size["width"] // size["patch"])
 
-    def make(
-        name: str,
-        shape: dict[str, int],
-        flops: float,
-        elements: float,
-        inputs: Callable[[Callable[..., Tensor]], dict[str, Any]],
-        reference: Callable[..., Tensor],
-    ) -> Workload:
-        return Workload(
-            "kernel",
-            f"{name}/{model}",
-            name.partition(".")[0],
-            model,
-            {"batch": batch, **shape},
-            dtype,
-            flops,
-            elements * e,
-            lambda device, index: inputs(_random(device, DTYPES[dtype], index)),
-            reference,
-        )
-
+    make = functools.partial(_kernel_workload, model, batch, dtype)
     yield make(
         "patch_embed",
         {"patches": patches, "dim": d, "k": 3 * size["patch"] ** 2},
@@ -416,24 +424,12 @@ def _model_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
 
 def _library_kernels(model: str, batch: int, dtype: str) -> Iterator[Workload]:
     """Attention that only other libraries' models have: BEiT-B's, and Swin-B's in the shifted blocks of each stage."""
-    e = DTYPES[dtype].itemsize
 
-    def make(
-        name: str, shape: dict[str, int], inputs: Callable[[Callable[..., Tensor]], dict[str, Any]], reference: Any
-    ) -> Workload:
-        rows, width, seen, table = (shape[key] for key in ("tokens", "dim", "keys", "table"))
-        return Workload(
-            "kernel",
-            f"{name}/{model}",
-            name.partition(".")[0],
-            model,
-            {"batch": batch, **shape},
-            dtype,
-            4.0 * batch * rows * seen * width,
-            (4 * batch * rows * width + table * shape["heads"]) * e,
-            lambda device, index: inputs(_random(device, DTYPES[dtype], index)),
-            reference,
-        )
+    def make(name: str, shape: dict[str, int], inputs: _Inputs, reference: Callable[..., Tensor]) -> Workload:
+        rows, width = shape["tokens"], shape["dim"]
+        flops = 4.0 * batch * rows * shape["keys"] * width
+        elements = 4 * batch * rows * width + shape["table"] * shape["heads"]
+        return _kernel_workload(model, batch, dtype, name, shape, flops, elements, inputs, reference)
 
     if model == BEIT:
         side, heads, d = 14, 12, 64

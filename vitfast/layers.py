@@ -287,6 +287,12 @@ class FusedAttention(FusedLayer):
         out = attention_backends.attention(q, k, v, self.scale, bias, tf32=self.tf32, backend=backend)
         return self.merged(out.transpose(1, 2).flatten(2))
 
+    def relative(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`mixed` with BEiT's bias, read from its table `[rows, H]` for a grid of patches."""
+        backend, table = self.attention_backend, by_columns(table)
+        out = attention_backends.relative_attention(q, k, v, table, grid, self.scale, tf32=self.tf32, backend=backend)
+        return self.merged(out.transpose(1, 2).flatten(2))
+
     def whole(self) -> bool:
         """Whether `first` may stand for `core`: no token's query is treated by where it stands."""
         return True
@@ -425,6 +431,13 @@ def by_columns(table: Tensor) -> Tensor:
 
 def _by_columns(table: Tensor) -> tuple[Tensor]:
     return (table.t().contiguous(),)
+
+
+def why_uncut(backend: str) -> list[str]:
+    """Why a backend of attention leaves windows to the original, in a sentence; empty where it does not."""
+    if backend in attention_backends.OURS:
+        return []
+    return [f"attention={backend!r} knows no windows: the original forward runs"]
 
 
 def windows_pay(x: Tensor) -> bool:
@@ -587,6 +600,8 @@ class FusedBlock(FusedLayer):
 
     def fused(self, x: Tensor, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; an attention that is called as a module gets the other arguments."""
+        if self.fold and derivable(x) and self.foldable(x):
+            return self.folded(x, **kwargs)
         # nothing is named that is not needed again: a name keeps its tensor's memory from the next kernel
         known, gamma = self._scale(self.ls1)
         known = known and self._undropped(self.drop_path1)
@@ -693,7 +708,7 @@ class FusedBlock(FusedLayer):
         return self.mlp.fused(self.norm2(x), x, self._scale(self.ls2)[1])
 
     def _takes_residual(self, branch: nn.Module) -> bool:
-        if hooked(branch):
+        if self._watched(branch):
             return False
         return isinstance(branch, (FusedAttention, FusedMlp)) and branch.fusable()
 
@@ -703,7 +718,7 @@ class FusedBlock(FusedLayer):
             branch = getattr(self, name)
             if not isinstance(branch, (FusedAttention, FusedMlp)):
                 limits.append(f"{name} is a {type(branch).__name__}: its residual is added outside it")
-            elif hooked(branch):
+            elif self._watched(branch):
                 limits.append(f"{name} has hooks: its residual is added outside it")
         for name in ("drop_path1", "drop_path2"):
             rate = getattr(getattr(self, name), self.rate_name, 0.0)

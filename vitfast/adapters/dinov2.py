@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels, layers
+from .. import layers
 from . import Rebuilt, Swap, around
+from .torch import decline_head_dim
 
 
 class DinoPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
@@ -373,10 +374,7 @@ class _Transpose(nn.Module):
 
 
 def _decline_attention(module: Any) -> str | None:
-    width = module.qkv.out_features // (3 * module.num_heads)
-    if width > kernels.MAX_HEAD_DIM:
-        return f"head dim {width}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
-    return None
+    return decline_head_dim(module.qkv.out_features // (3 * module.num_heads))
 
 
 def _decline_mlp(module: Any) -> str | None:

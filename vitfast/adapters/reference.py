@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import kernels, layers, model
+from .. import layers, model
 from . import Swap
+from .torch import decline_head_dim, never
 
 
 class FusedReferencePatchEmbed(layers.FusedPatchEmbed, model.PatchEmbed):
@@ -112,24 +113,18 @@ class FusedReferenceVisionTransformer(layers.FusedModel, model.VisionTransformer
 
 
 def _decline_attention(module: Any) -> str | None:
-    if module.head_dim > kernels.MAX_HEAD_DIM:
-        return f"head dim {module.head_dim}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
-    return None
-
-
-def _never(module: nn.Module) -> None:
-    return None
+    return decline_head_dim(module.head_dim)
 
 
 @functools.cache
 def swaps() -> dict[type[nn.Module], Swap]:
     """Replaceable classes of the reference model."""
     return {
-        model.PatchEmbed: Swap(FusedReferencePatchEmbed, _never),
+        model.PatchEmbed: Swap(FusedReferencePatchEmbed, never),
         model.Attention: Swap(FusedReferenceAttention, _decline_attention),
-        model.Mlp: Swap(FusedReferenceMlp, _never),
-        model.Block: Swap(FusedReferenceBlock, _never),
-        model.VisionTransformer: Swap(FusedReferenceVisionTransformer, _never),
+        model.Mlp: Swap(FusedReferenceMlp, never),
+        model.Block: Swap(FusedReferenceBlock, never),
+        model.VisionTransformer: Swap(FusedReferenceVisionTransformer, never),
     }
 
 

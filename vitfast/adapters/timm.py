@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .. import attention_backends, kernels, layers
 from . import Swap
-from .torch import decline_layer_norm
+from .torch import decline_head_dim, decline_layer_norm, never
 
 
 class FusedTimmLayerNorm(layers.FusedLayerNorm, timm.layers.LayerNorm):
@@ -268,9 +268,7 @@ class FusedTimmBeitAttention(_PartBias, beit.Attention):
         q, k, v = self.heads(qkv)
         if bias is not None or self.attention_backend not in attention_backends.OURS:
             return self.mixed(q, k, v, self._summed(bias))
-        table = layers.by_columns(table)
-        out = kernels.relative_attention(q, k, v, table, tuple(self.window_size), self.scale, tf32=self.tf32)
-        return out.transpose(1, 2).flatten(2)
+        return self.relative(q, k, v, table, tuple(self.window_size))
 
     def _summed(self, bias: Tensor | None) -> Tensor | None:
         # of the block and of all blocks, N x N in memory
@@ -297,12 +295,6 @@ class _ScaledBlock(layers.FusedBlock):
     ls2 = layers.alias("gamma_2")
     drop_path_class = timm.layers.DropPath
     folds_itself = True
-
-    def fused(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """`[B, N, D]` to `[B, N, D]`, norms folded where they can be."""
-        if self.fold and layers.derivable(x) and self.foldable(x):
-            return self.folded(x, **kwargs)
-        return super().fused(x, **kwargs)
 
 
 class FusedTimmBeitBlock(_ScaledBlock, beit.Block):
@@ -482,9 +474,7 @@ class _WindowAttention(layers.FusedAttention):
         for what, drop in (("attention dropout", self.attn_drop), ("dropout of windows", self.proj_drop)):
             if rate := getattr(drop, "p", 0.0):
                 limits.append(f"{what} {rate:g}: the original forward runs in training")
-        if self.attention_backend not in attention_backends.OURS:
-            limits.append(f"attention={self.attention_backend!r} knows no windows: the original forward runs")
-        return limits
+        return limits + layers.why_uncut(self.attention_backend)
 
 
 class FusedTimmWindowAttention(_WindowAttention, swin_transformer.WindowAttention):
@@ -604,13 +594,7 @@ def _decline_patch_embed(module: Any) -> str | None:
 def _decline_attention(module: Any) -> str | None:
     if module.gate is not None:
         return "gated attention"
-    return _decline_heads(module.head_dim)
-
-
-def _decline_heads(width: int) -> str | None:
-    if width > kernels.MAX_HEAD_DIM:
-        return f"head dim {width}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
-    return None
+    return decline_head_dim(module.head_dim)
 
 
 def _decline_rotary(module: Any) -> str | None:
@@ -620,7 +604,7 @@ def _decline_rotary(module: Any) -> str | None:
 
 
 def _decline_merged(module: Any) -> str | None:
-    return _decline_heads(module.proj.in_features // module.num_heads)
+    return decline_head_dim(module.proj.in_features // module.num_heads)
 
 
 def _decline_mlp(module: Any) -> str | None:
@@ -628,10 +612,6 @@ def _decline_mlp(module: Any) -> str | None:
         return f"fc1 is a {type(module.fc1).__name__}; the kernel replaces nn.Linear"
     if FusedTimmMlp.epilogue(module.act) is None:
         return f"activation {type(module.act).__name__} is in no epilogue"
-    return None
-
-
-def _never(module: nn.Module) -> None:
     return None
 
 
@@ -648,13 +628,13 @@ def swaps() -> dict[type[nn.Module], Swap]:
         eva.EvaAttention: Swap(FusedTimmEvaAttention, _decline_rotary),
         swin_transformer.WindowAttention: Swap(FusedTimmWindowAttention, _decline_merged),
         swin_transformer_v2.WindowAttention: Swap(FusedTimmWindowAttentionV2, _decline_merged),
-        vision_transformer.Block: Swap(FusedTimmBlock, _never),
-        beit.Block: Swap(FusedTimmBeitBlock, _never),
-        eva.EvaBlock: Swap(FusedTimmEvaBlock, _never),
-        swin_transformer.SwinTransformerBlock: Swap(FusedTimmSwinBlock, _never),
-        swin_transformer_v2.SwinTransformerV2Block: Swap(FusedTimmSwinV2Block, _never),
-        vision_transformer.VisionTransformer: Swap(FusedTimmVisionTransformer, _never),
-        deit.VisionTransformerDistilled: Swap(FusedTimmVisionTransformerDistilled, _never),
+        vision_transformer.Block: Swap(FusedTimmBlock, never),
+        beit.Block: Swap(FusedTimmBeitBlock, never),
+        eva.EvaBlock: Swap(FusedTimmEvaBlock, never),
+        swin_transformer.SwinTransformerBlock: Swap(FusedTimmSwinBlock, never),
+        swin_transformer_v2.SwinTransformerV2Block: Swap(FusedTimmSwinV2Block, never),
+        vision_transformer.VisionTransformer: Swap(FusedTimmVisionTransformer, never),
+        deit.VisionTransformerDistilled: Swap(FusedTimmVisionTransformerDistilled, never),
     }
 
 

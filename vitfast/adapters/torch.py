@@ -186,9 +186,7 @@ def _decline_attention(module: Any) -> str | None:
         return "separate weights for q, k and v"
     if module.bias_k is not None or module.add_zero_attn:
         return "adds a key and a value of its own (add_bias_kv, add_zero_attn)"
-    if module.head_dim > kernels.MAX_HEAD_DIM:
-        return f"head dim {module.head_dim}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
-    return None
+    return decline_head_dim(module.head_dim)
 
 
 def _is_mlp(module: Any) -> bool:
@@ -196,6 +194,11 @@ def _is_mlp(module: Any) -> bool:
         return False
     first, act, second = module
     return isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and SequentialMlp.epilogue(act) is not None
+
+
+def decline_head_dim(width: int) -> str | None:
+    """Why attention must stay whose heads are wider than the kernel's."""
+    return None if width <= kernels.MAX_HEAD_DIM else f"head dim {width}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
 
 
 def never(module: nn.Module) -> None:

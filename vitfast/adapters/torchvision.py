@@ -16,7 +16,7 @@ from torchvision.models import swin_transformer, vision_transformer
 from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import MLP
 
-from .. import kernels, layers
+from .. import attention_backends, kernels, layers
 from . import Swap
 from .torch import SequentialMlp, never, place
 
@@ -118,7 +118,7 @@ class _ShiftedWindows(layers.FusedAttention):
     def fusable(self) -> bool:
         """Whether the kernel computes what torchvision would: no dropout, no backend that knows no windows."""
         dropout = self.training and (self.attention_dropout or self.dropout)
-        return not dropout and self.attention_backend in ("auto", "triton")
+        return not dropout and self.attention_backend in attention_backends.OURS
 
     def cuts(self, x: Tensor) -> bool:
         """Whether the kernel cuts this map `[B, H, W, D]`: windows divide it."""
@@ -170,9 +170,7 @@ class _ShiftedWindows(layers.FusedAttention):
         for what, rate in (("attention dropout", self.attention_dropout), ("dropout", self.dropout)):
             if rate:
                 limits.append(f"{what} {rate:g}: the original forward runs in training")
-        if self.attention_backend not in ("auto", "triton"):
-            limits.append(f"attention={self.attention_backend!r} knows no windows: the original forward runs")
-        return limits
+        return limits + layers.why_uncut(self.attention_backend)
 
 
 class FusedTorchvisionWindows(_ShiftedWindows, swin_transformer.ShiftedWindowAttention):

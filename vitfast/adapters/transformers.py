@@ -25,6 +25,7 @@ from transformers import activations
 
 from .. import attention_backends, kernels, layers
 from . import Rebuilt, Swap, around, instructions
+from .torch import decline_head_dim, never
 
 # implementations of plain softmax attention: one may stand for the other. A function that somebody registered may not
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "vitfast")
@@ -132,11 +133,7 @@ class ViTAttention(_Attention):
         relative: tuple[Tensor, tuple[int, int]] | None = None,
     ) -> Tensor:
         """`[B, H, N, d]` thrice to `[B, N, H * d]`."""
-        if relative is None:
-            return super().mixed(q, k, v, bias)
-        backend = self.attention_backend
-        out = attention_backends.relative_attention(q, k, v, *relative, self.scale, tf32=self.tf32, backend=backend)
-        return out.transpose(1, 2).flatten(2)
+        return super().mixed(q, k, v, bias) if relative is None else self.relative(q, k, v, *relative)
 
 
 class CLIPAttention(_Attention):
@@ -251,8 +248,6 @@ class _Layer(layers.FusedBlock, Rebuilt):
         """`[B, N, D]` to `[B, N, D]`; masked attention is Transformers' own."""
         if self._leaves(hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        if self.fold and layers.derivable(hidden_states) and self.foldable(hidden_states):
-            return self.folded(hidden_states)
         return self.fused(hidden_states, **kwargs)
 
     def _leaves(self, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
@@ -271,11 +266,6 @@ class _Layer(layers.FusedBlock, Rebuilt):
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as the original block does."""
         return self.attn(x, attention_mask=None, **kwargs)[0]
-
-    def _takes_residual(self, branch: nn.Module) -> bool:
-        if layers.hooked(branch) and not _idle(branch):
-            return False
-        return isinstance(branch, layers.FusedMlp) or (isinstance(branch, _Attention) and branch.fusable())
 
 
 class ViTLayer(_Layer):
@@ -375,7 +365,7 @@ class BeitLayer(ViTLayer):
         # the original reads a table that is not square with its sides exchanged
         if grid != tuple(module.window_size) or grid[0] != grid[1]:
             return False
-        return layers.by_columns(module.relative_position_bias_table), grid
+        return module.relative_position_bias_table, grid
 
     def given(self, relative: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The table and the grid, for fused attention."""
@@ -472,9 +462,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     def limits(self) -> list[str]:
         if not layers.plain(self.attention, self.attention_class):
             return ["attention has hooks or is another: the original forward runs"]
-        if self.attention_backend not in attention_backends.OURS:
-            return [f"attention={self.attention_backend!r} knows no windows: the original forward runs"]
-        return []
+        return layers.why_uncut(self.attention_backend)
 
 
 def _tensor_or_none(scale: Any) -> Tensor | None:
@@ -673,9 +661,7 @@ def _decline_attention(module: Any) -> str | None:
     heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
     if heads is None:
         return "does not say how many heads it has"
-    if widths and widths[0] // heads > kernels.MAX_HEAD_DIM:
-        return f"head dim {widths[0] // heads}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
-    return None
+    return decline_head_dim(widths[0] // heads) if widths else None
 
 
 def _decline_mlp(module: Any) -> str | None:
@@ -688,10 +674,6 @@ def _decline_mlp(module: Any) -> str | None:
 
 def _decline_gated(module: Any) -> str:
     return "gated MLP: no kernel has its gate in an epilogue"
-
-
-def _never(module: nn.Module) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -709,7 +691,7 @@ class _Prototype:
     name: str
     mixin: type[nn.Module]
     mentions: str
-    decline: Callable[[nn.Module], str | None] = _never
+    decline: Callable[[nn.Module], str | None] = never
 
 
 _COMMON = frozenset(
