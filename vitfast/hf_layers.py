@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import kernels
-from .adapters.transformers import ViTMLP as _FusedMLP
+from .adapters.transformers.mlp import ViTMLP as _FusedMLP
 from .layers import hooked, plain_linear
 
 

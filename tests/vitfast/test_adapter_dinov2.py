@@ -16,7 +16,7 @@ import vitfast
 from tests.vitfast import _contracts, _dinov2
 from tests.vitfast._models import assert_same, check, fused_names, images, kept_reasons, randomise
 from vitfast import adapters, kernels
-from vitfast.adapters import dinov2
+from vitfast.adapters.dinov2 import table as dinov2
 from vitfast.layers import FusedBlock
 
 X = (3, 3, 24, 24)

@@ -18,7 +18,7 @@ from torchvision.models.swin_transformer import (
 import vitfast
 from tests.vitfast._models import assert_same, forward, fused_names, images, kept_reasons, randomise, run
 from vitfast import kernels
-from vitfast.adapters import torchvision as adapter
+from vitfast.adapters.torchvision import swin as adapter
 
 
 def swin(version: int = 1, **changes) -> nn.Module:

@@ -56,7 +56,7 @@ from tests.vitfast._models import (
     run,
 )
 from vitfast import kernels, layers
-from vitfast.adapters import transformers as adapter
+from vitfast.adapters.transformers import table as adapter
 from vitfast.layers import KINDS
 
 

@@ -15,11 +15,11 @@ from open_clip import transformer
 from torch import Tensor, nn
 
 from .. import layers
-from . import Swap
-from .torch import decline_layer_norm, never
+from .known import Rebuilt, Swap, around
+from .torch_nn import decline_layer_norm, never
 
 
-class _LayerNorm(layers.FusedLayerNorm):
+class FusedOpenClipLayerNorm(layers.FusedLayerNorm, Rebuilt):
     """A LayerNorm that keeps its input's dtype under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,22 +27,13 @@ class _LayerNorm(layers.FusedLayerNorm):
         return super().forward(x).to(x.dtype)
 
 
-class FusedOpenClipLayerNorm(_LayerNorm, transformer.LayerNorm):
-    """`open_clip.transformer.LayerNorm`."""
-
-    replaces = transformer.LayerNorm
-
-
-class FusedOpenClipLayerNormFp32(_LayerNorm, transformer.LayerNormFp32):
+class FusedOpenClipLayerNormFp32(FusedOpenClipLayerNorm, Rebuilt):
     """`open_clip.transformer.LayerNormFp32`: the kernel computes in fp32 always."""
 
-    replaces = transformer.LayerNormFp32
 
-
-class FusedOpenClipBlock(layers.FusedBlock, transformer.ResidualAttentionBlock):
+class FusedOpenClipBlock(layers.FusedBlock, Rebuilt):
     """`open_clip.transformer.ResidualAttentionBlock`."""
 
-    replaces = transformer.ResidualAttentionBlock
     norm1 = layers.alias("ln_1")
     ls1 = layers.alias("ls_1")
     norm2 = layers.alias("ln_2")
@@ -74,10 +65,9 @@ class FusedOpenClipBlock(layers.FusedBlock, transformer.ResidualAttentionBlock):
         return self.fused(q_x)
 
 
-class FusedOpenClipVisionTransformer(layers.FusedStemModel, transformer.VisionTransformer):
+class FusedOpenClipVisionTransformer(layers.FusedStemModel, Rebuilt):
     """`open_clip.transformer.VisionTransformer`: the patch-embed kernel writes class token and position embedding."""
 
-    replaces = transformer.VisionTransformer
     conv_name = "conv1"
     blocks = property(lambda self: self.transformer.resblocks)
     norm = layers.alias("ln_post")
@@ -125,10 +115,14 @@ class FusedOpenClipVisionTransformer(layers.FusedStemModel, transformer.VisionTr
 def swaps() -> dict[type[nn.Module], Swap]:
     """Replaceable classes of open_clip."""
     return {
-        transformer.LayerNorm: Swap(FusedOpenClipLayerNorm, decline_layer_norm),
-        transformer.LayerNormFp32: Swap(FusedOpenClipLayerNormFp32, decline_layer_norm),
-        transformer.ResidualAttentionBlock: Swap(FusedOpenClipBlock, never),
-        transformer.VisionTransformer: Swap(FusedOpenClipVisionTransformer, never),
+        transformer.LayerNorm: Swap(around(FusedOpenClipLayerNorm, transformer.LayerNorm), decline_layer_norm),
+        transformer.LayerNormFp32: Swap(
+            around(FusedOpenClipLayerNormFp32, transformer.LayerNormFp32), decline_layer_norm
+        ),
+        transformer.ResidualAttentionBlock: Swap(around(FusedOpenClipBlock, transformer.ResidualAttentionBlock), never),
+        transformer.VisionTransformer: Swap(
+            around(FusedOpenClipVisionTransformer, transformer.VisionTransformer), never
+        ),
     }
 
 

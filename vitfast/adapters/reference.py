@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers, model
-from . import Swap
-from .torch import decline_head_dim, never
+from .known import Rebuilt, Swap, around
+from .torch_nn import decline_head_dim, never
 
 
-class FusedReferencePatchEmbed(layers.FusedPatchEmbed, model.PatchEmbed):
+class FusedReferencePatchEmbed(layers.FusedPatchEmbed, Rebuilt):
     """`vitfast.model.PatchEmbed`."""
-
-    replaces = model.PatchEmbed
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the model would."""
@@ -29,10 +27,8 @@ class FusedReferencePatchEmbed(layers.FusedPatchEmbed, model.PatchEmbed):
         return self.tokens(pixels) if self.fusable(pixels) else super().forward(pixels)
 
 
-class FusedReferenceAttention(layers.FusedAttention, model.Attention):
+class FusedReferenceAttention(layers.FusedAttention, Rebuilt):
     """`vitfast.model.Attention`, with its relative position logits as the kernel's bias."""
-
-    replaces = model.Attention
 
     def whole(self) -> bool:
         """Relative logits are a query's own."""
@@ -55,17 +51,15 @@ class FusedReferenceAttention(layers.FusedAttention, model.Attention):
         return self.fused(x) if self.fusable() else super().forward(x)
 
 
-class FusedReferenceMlp(layers.FusedMlp, model.Mlp):
+class FusedReferenceMlp(layers.FusedMlp, Rebuilt):
     """`vitfast.model.Mlp`."""
 
-    replaces = model.Mlp
     activations: ClassVar = {model.QuickGELU: "quick_gelu"}
 
 
-class FusedReferenceBlock(layers.FusedBlock, model.Block):
+class FusedReferenceBlock(layers.FusedBlock, Rebuilt):
     """`vitfast.model.Block`."""
 
-    replaces = model.Block
     layer_scale_class = model.LayerScale
     drop_path_class = model.DropPath
 
@@ -74,10 +68,8 @@ class FusedReferenceBlock(layers.FusedBlock, model.Block):
         return self.fused(x)
 
 
-class FusedReferenceVisionTransformer(layers.FusedModel, model.VisionTransformer):
+class FusedReferenceVisionTransformer(layers.FusedModel, Rebuilt):
     """`vitfast.model.VisionTransformer`: prefix tokens and position embedding written by the patch-embed kernel."""
-
-    replaces = model.VisionTransformer
 
     def pooled_tokens(self) -> int | None:
         """1 where the class token is the pooled output, 2 with a distillation token."""
@@ -120,11 +112,11 @@ def _decline_attention(module: Any) -> str | None:
 def swaps() -> dict[type[nn.Module], Swap]:
     """Replaceable classes of the reference model."""
     return {
-        model.PatchEmbed: Swap(FusedReferencePatchEmbed, never),
-        model.Attention: Swap(FusedReferenceAttention, _decline_attention),
-        model.Mlp: Swap(FusedReferenceMlp, never),
-        model.Block: Swap(FusedReferenceBlock, never),
-        model.VisionTransformer: Swap(FusedReferenceVisionTransformer, never),
+        model.PatchEmbed: Swap(around(FusedReferencePatchEmbed, model.PatchEmbed), never),
+        model.Attention: Swap(around(FusedReferenceAttention, model.Attention), _decline_attention),
+        model.Mlp: Swap(around(FusedReferenceMlp, model.Mlp), never),
+        model.Block: Swap(around(FusedReferenceBlock, model.Block), never),
+        model.VisionTransformer: Swap(around(FusedReferenceVisionTransformer, model.VisionTransformer), never),
     }
 
 

@@ -10,27 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels, layers
-from . import Swap, instructions
+from .known import Rebuilt, Swap, around, instructions
 
 
-class FusedLayerNorm(layers.FusedLayerNorm, nn.LayerNorm):
+class FusedLayerNorm(layers.FusedLayerNorm, Rebuilt):
     """`torch.nn.LayerNorm` over one dimension."""
-
-    replaces = nn.LayerNorm
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
         return layers.leaf(self, x) if layers.symbolic(x) else super().forward(x)
 
 
-class FusedMultiheadAttention(layers.FusedAttention, nn.MultiheadAttention):
+class FusedMultiheadAttention(layers.FusedAttention, Rebuilt):
     """`torch.nn.MultiheadAttention` with one weight for q, k and v: self-attention without masks or weights asked for.
 
     Tokens are `[B, N, D]`, or `[N, B, D]` without `batch_first`; `fused`, `attended` and `core` take them as they are.
     The output projection's weights are read, as torch does: that module is never called, so its hooks never ran.
     """
 
-    replaces = nn.MultiheadAttention
     q_norm = k_norm = attn_drop = proj_drop = layers.IDENTITY
     proj = layers.alias("out_proj")
 
@@ -124,7 +121,7 @@ def place(index: int) -> Any:
     return property(lambda self: tuple(self._modules.values())[index])
 
 
-class SequentialMlp(layers.FusedMlp, nn.Sequential):
+class FusedSequential(layers.FusedMlp, Rebuilt):
     """An MLP whose modules stand in a row: linear layer, activation, linear layer.
 
     Modules are named by their places, so one with more or fewer of them is left to `nn.Sequential`.
@@ -165,12 +162,6 @@ def _is_quick_gelu(kind: Any) -> bool:
     return known
 
 
-class FusedSequential(SequentialMlp):
-    """`nn.Sequential` of two linear layers and an activation between them."""
-
-    replaces = nn.Sequential
-
-
 def decline_layer_norm(module: Any) -> str | None:
     """Why a LayerNorm must stay: the kernel normalises one dimension, of bounded width."""
     shape = module.normalized_shape
@@ -190,10 +181,10 @@ def _decline_attention(module: Any) -> str | None:
 
 
 def _is_mlp(module: Any) -> bool:
-    if type(module) is not nn.Sequential or len(module) != SequentialMlp.length:
+    if type(module) is not nn.Sequential or len(module) != FusedSequential.length:
         return False
     first, act, second = module
-    return isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and SequentialMlp.epilogue(act) is not None
+    return isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and FusedSequential.epilogue(act) is not None
 
 
 def decline_head_dim(width: int) -> str | None:
@@ -210,9 +201,9 @@ def never(module: nn.Module) -> None:
 def swaps() -> dict[type[nn.Module], Swap]:
     """Replaceable classes of torch.nn."""
     return {
-        nn.LayerNorm: Swap(FusedLayerNorm, decline_layer_norm),
-        nn.MultiheadAttention: Swap(FusedMultiheadAttention, _decline_attention),
-        nn.Sequential: Swap(FusedSequential, never, _is_mlp),
+        nn.LayerNorm: Swap(around(FusedLayerNorm, nn.LayerNorm), decline_layer_norm),
+        nn.MultiheadAttention: Swap(around(FusedMultiheadAttention, nn.MultiheadAttention), _decline_attention),
+        nn.Sequential: Swap(around(FusedSequential, nn.Sequential), never, _is_mlp),
     }
 
 

@@ -1,0 +1,1 @@
+"""dinov2: fused layers in the place of its classes."""

@@ -1,0 +1,1 @@
+"""timm: fused layers in the place of its classes."""

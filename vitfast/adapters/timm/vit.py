@@ -1,0 +1,120 @@
+"""timm's ViT and DeiT: attention, block and model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor, nn
+
+from ... import layers
+from ..known import Rebuilt
+from .parts import FusedTimmPatchEmbed
+
+
+class FusedTimmAttention(layers.FusedAttention, Rebuilt):
+    """`timm.layers.Attention` without a gate."""
+
+    def merged(self, out: Tensor) -> Tensor:
+        """timm's optional norm of the merged heads."""
+        return self.norm(out)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
+        if attn_mask is not None or is_causal or layers.symbolic(x):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.fused(x) if self.fusable() else super().forward(x)
+
+
+class FusedTimmBlock(layers.FusedBlock, Rebuilt):
+    """`timm.models.vision_transformer.Block`."""
+
+    layer_scale_class = timm.layers.LayerScale
+    drop_path_class = timm.layers.DropPath
+
+    def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Call the attention with the keywords that timm's block gives it: hooks see them."""
+        return self.attn(x, attn_mask=None, is_causal=False)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
+        if attn_mask is not None or is_causal or layers.symbolic(x):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.fused(x)
+
+
+class FusedTimmVisionTransformer(layers.FusedModel, Rebuilt):
+    """Prefix tokens and position embedding written by the patch-embed kernel, blocks run by `encode`."""
+
+    patch_embed: Any
+    pos_embed: Any
+    cls_token: Any
+    reg_token: Any
+
+    def _prefix(self) -> list[Tensor]:
+        return [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+
+    def pooled_tokens(self) -> int | None:
+        """1 where the class token is the pooled output."""
+        return 1 if self.global_pool == "token" and self.attn_pool is None else None
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """`[B, C, H, W]` to `[B, T + N, D]`."""
+        if attn_mask is not None or is_causal or layers.symbolic(x):
+            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        return self._features(x, None)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """`[B, C, H, W]` to logits; the last block computes what the head reads."""
+        kept = None if attn_mask is not None or is_causal or layers.symbolic(x) else self.kept()
+        if kept is None or self.grad_checkpointing:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        return self.forward_head(self._features(x, kept))
+
+    def _features(self, x: Tensor, kept: int | None) -> Tensor:
+        # without a name, which would keep the first tokens' memory through all blocks
+        if self.grad_checkpointing:
+            return self.norm(checkpoint_seq(self.blocks, self._embed(x)))
+        return self.norm(self.encode(self._embed(x), kept))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        stem = self.patch_embed
+        if (
+            not isinstance(stem, FusedTimmPatchEmbed)
+            or layers.hooked(stem)
+            or not layers.plain(stem.norm, nn.Identity)
+            or "_pos_embed" in vars(self)
+            or not stem.fusable(x)
+        ):
+            return self.norm_pre(self.patch_drop(self._pos_embed(stem(x))))
+        pos = self.pos_embed
+        if pos is not None and self.dynamic_img_size:
+            pos = resample_abs_pos_embed(
+                pos,
+                new_size=[x.shape[2] // stem.patch_size[0], x.shape[3] // stem.patch_size[1]],
+                old_size=stem.grid_size,
+                num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
+            )
+        prefix = self._prefix()
+        tokens = stem.tokens(
+            x,
+            prefix[0] if len(prefix) == 1 else torch.cat(prefix) if prefix else None,
+            None if pos is None else pos[0],
+        )
+        # timm adds no dropout where there is no position embedding
+        tokens = tokens if pos is None else self.pos_drop(tokens)
+        return self.norm_pre(self.patch_drop(tokens))
+
+
+class FusedTimmVisionTransformerDistilled(FusedTimmVisionTransformer):
+    """`timm.models.deit.VisionTransformerDistilled`."""
+
+    def _prefix(self) -> list[Tensor]:
+        return [self.cls_token[0], self.dist_token[0]]
+
+    def pooled_tokens(self) -> int | None:
+        """Class and distillation token."""
+        return 2

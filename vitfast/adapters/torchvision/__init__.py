@@ -1,0 +1,1 @@
+"""torchvision: fused layers in the place of its classes."""

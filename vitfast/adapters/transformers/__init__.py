@@ -1,0 +1,1 @@
+"""transformers: fused layers in the place of its classes."""
