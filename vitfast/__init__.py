@@ -1,12 +1,13 @@
 """vitfast: a drop-in fast Vision Transformer for PyTorch."""
 
-from .accelerate import Report, accelerate, report, restore
 from .architectures import create_model, list_models
 from .attention_maps import attention_maps, grad_rollout, overlay, rollout
 from .model import VisionTransformer
 from .parity import compare, parity
 from .preprocess import ImageSpec, image_spec, preprocess
 from .register import register
+from .swap.accelerate import accelerate, restore
+from .swap.report import Report, report
 from .weights import load_weights
 
 __version__ = "0.1.0.dev0"

@@ -64,7 +64,7 @@ def _percent(text: str) -> float:
 
 
 def _shared(seed_of: str, precision: str) -> _Parser:
-    from .precision import PRECISIONS
+    from .swap.precision import PRECISIONS
 
     parent = _Parser(add_help=False)
     parent.add_argument("--precision", choices=list(PRECISIONS), help=precision)
@@ -309,12 +309,12 @@ def _attend(options: argparse.Namespace) -> int:
 
     from PIL import Image
 
-    from .accelerate import accelerate
     from .attention_maps import attention_maps, draw, rollout
     from .demo import load_image, look
     from .libraries import has_weights
     from .parity import build_model, pick_device
-    from .precision import get_precision
+    from .swap.accelerate import accelerate
+    from .swap.precision import get_precision
 
     out = Path(options.out)
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:

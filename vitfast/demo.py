@@ -31,14 +31,15 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from . import __version__, kernels
-from .accelerate import Report, accelerate, report
 from .architectures import create_model
 from .attention_maps import attention_maps, overlay, rollout
 from .doctor import doctor, how_ops_run
 from .kernels._triton import HAS_TRITON
 from .parity import FACTOR, Comparison, Parity, build_model, fp32_products, parity, pick_device, seed_weights
-from .precision import get_precision
 from .preprocess import ImageSpec, image_spec, preprocess, reading
+from .swap.accelerate import accelerate
+from .swap.precision import get_precision
+from .swap.report import Report, report
 
 # what each kind of replacement calls, and what that fuses
 _FUSED = {

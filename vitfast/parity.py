@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .accelerate import accelerate, restore
 from .adapters import match
 from .architectures import create_model, list_models
 from .layers import FusedBlock, FusedLayer
 from .libraries import build, has_weights, library_of, tower
-from .precision import get_precision
+from .swap.accelerate import accelerate, restore
+from .swap.precision import get_precision
 
 Model = TypeVar("Model", bound=nn.Module)
 

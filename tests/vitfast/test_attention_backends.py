@@ -316,7 +316,7 @@ def test_unknown_backends() -> None:
 
 def test_measuring_leaves_a_chosen_backend_alone(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("VITFAST_CONFIG_DIR", str(tmp_path))
-    from vitfast import selection
+    from vitfast.swap import choose as selection
 
     built: list[nn.Module] = []
     # as on a GPU: launches are heard, and each has a route to choose

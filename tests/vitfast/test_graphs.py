@@ -24,8 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitfast
 from tests._close import assert_close
 from tests.vitfast._models import BUILDERS, assert_same, images, reference, timm_vit
-from vitfast import graphs
-from vitfast.graphs import MAX_ENTRIES, MAX_FAILURES, MAX_FRUITLESS, WARM_UP, WORTHWHILE, bucket
+from vitfast.graphs import cuda
+from vitfast.graphs import runner as graphs
+from vitfast.graphs.cuda import WARM_UP
+from vitfast.graphs.graph import bucket
+from vitfast.graphs.runner import MAX_ENTRIES, MAX_FAILURES, MAX_FRUITLESS, WORTHWHILE
 from vitfast.kernels._derived import derived
 
 X = (2, 3, 24, 32)
@@ -121,7 +124,7 @@ class Emulation(graphs.Cuda):
             type(self).replays += 1
             recorder.replay()
 
-        return graphs.Captured(static, outputs, replay)
+        return cuda.Captured(static, outputs, replay)
 
 
 @pytest.fixture

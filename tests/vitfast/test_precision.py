@@ -12,7 +12,7 @@ from torch import nn
 import vitfast
 from tests._close import assert_close
 from tests.vitfast._models import BUILDERS, fused_names, images, reference, run, timm_model, timm_vit
-from vitfast.precision import PRECISIONS, Precision, get_precision
+from vitfast.swap.precision import PRECISIONS, Precision, get_precision
 
 X = (4, 3, 24, 32)
 

@@ -13,7 +13,7 @@ import vitfast
 from tests.vitfast._models import BUILDERS, assert_same, fused_names, images, reference
 from vitfast.benchmarks import measure
 from vitfast.layers import KINDS
-from vitfast.selection import Figure
+from vitfast.swap.choices_file import Figure
 
 X = (2, 3, 24, 32)
 

@@ -7,91 +7,20 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from . import attention_backends
-from .adapters import Match, match
-from .graphs import STATE, Graphs, attach, detach, memory_bound
-from .kernels import release
-from .layers import KINDS, FusedBlock, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, face, overridden
+from .. import attention_backends
+from ..adapters import Match
+from ..graphs.runner import Graphs, attach, detach, memory_bound
+from ..kernels import release
+from ..layers import KINDS, FusedBlock, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, face
+from ..watch import STATE
+from .cast import cast, uncast
+from .choose import Choice, select
+from .match import check_model, matches, offloaded, serves
 from .precision import Precision, get_precision
-from .selection import Choice, Figure, select
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One replaceable module.
-
-    Attributes:
-        module: its name in the model, "" for the model itself.
-        kind: of replacement, one of `vitfast.layers.KINDS`.
-        original: name of the class that the library made.
-        fused: name of the class in its place, or None.
-        note: why it is not replaced; for a replaced module what it still leaves to the original's modules, if anything.
-    """
-
-    module: str
-    kind: str
-    original: str
-    fused: str | None
-    note: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is replaced in a model, and why the rest is not. `str()` gives a table.
-
-    Attributes:
-        rows: one per module that is replaced, could be, or does a replaceable module's work, in the model's order.
-        precision: name of the policy the model was cast to, or None.
-        measured: what `accelerate(example=...)` measured, decision by decision; empty without it.
-        graphs: of `accelerate(cuda_graph=...)`: what is captured, and why the rest is not, in a sentence each.
-        attention: the backend that `accelerate(attention=...)` chose.
-    """
-
-    rows: tuple[Row, ...]
-    precision: str | None = None
-    measured: tuple[Figure, ...] = ()
-    graphs: tuple[str, ...] = ()
-    attention: str = "auto"
-
-    @property
-    def replaced(self) -> tuple[Row, ...]:
-        """Rows of fused modules."""
-        return tuple(row for row in self.rows if row.fused)
-
-    @property
-    def kept(self) -> tuple[Row, ...]:
-        """Rows of modules that are as the library made them."""
-        return tuple(row for row in self.rows if not row.fused)
-
-    def __str__(self) -> str:
-        groups: dict[tuple[str, str, str, str], list[str]] = {}
-        for row in self.rows:
-            key = (row.kind, row.original, row.fused or "-", row.note)
-            groups.setdefault(key, []).append(row.module or "(model)")
-        table = [("modules", "count", "kind", "original", "replaced by", "note")]
-        for (kind, original, fused, note), names in groups.items():
-            table.append((_collapse(names), str(len(names)), kind, original, fused, note))
-        widths = [max(len(line[i]) for line in table) for i in range(5)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]]).rstrip()
-            for line in table
-        ]
-        summary = f"{len(self.replaced)} modules replaced, {len(self.kept)} kept"
-        figures = [f"measured, {figure}" for figure in self.measured]
-        graphs = [f"cuda graphs: {note}" for note in self.graphs]
-        precision = f", precision {self.precision}" if self.precision else ""
-        attention = f", attention {self.attention}" if self.attention != "auto" else ""
-        return "\n".join([*lines, summary + precision + attention, *figures, *graphs])
-
-
-def _collapse(names: list[str]) -> str:
-    """`blocks.0.attn ... blocks.11.attn` for a run of names, so that a table has a line per pattern."""
-    return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
 
 @dataclass
@@ -108,60 +37,6 @@ class _State:
     choice: Choice | None = None
     graphs: Graphs | None = None
     attention: str = "auto"
-
-
-def _matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
-    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, FusedLayer)]
-    found = ((name, module, _match(module)) for name, module in modules)
-    return [(name, module, m) for name, module, m in found if m is not None]
-
-
-def _match(module: nn.Module) -> Match | None:
-    """What an adapter says of a module, unless it is a matter of devices: a kernel reads from one."""
-    found = match(module)
-    if found is None:
-        return None
-    if "_hf_hook" in vars(module):
-        return Match(found.kind, None, "run by a hook of Hugging Face's accelerate (device_map, offloading)")
-    devices = {str(tensor.device) for tensor in (*module.parameters(), *module.buffers())}
-    if found.fused is not None and len(devices) > 1:
-        return Match(found.kind, None, f"spread over {' and '.join(sorted(devices))}")
-    return found
-
-
-def _offloaded(model: nn.Module) -> bool:
-    """Whether Hugging Face's accelerate keeps weights elsewhere and lends them to each module for its forward."""
-    return any(
-        "_hf_hook" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False))
-        for module in model.modules()
-    )
-
-
-def report(model: nn.Module) -> Report:
-    """What `accelerate` replaced in a model, what it could replace, and why the rest stays.
-
-    It reads the model as it is now, so hooks or adapters added since `accelerate` show.
-
-    Args:
-        model: any model, accelerated or not.
-
-    Raises:
-        TypeError: `model` is no `torch.nn.Module`.
-    """
-    _check_model(model)
-    rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, FusedLayer):
-            note = "; ".join(overridden(module) + module.limits())
-            rows.append(Row(name, module.kind, module.replaces.__name__, type(module).__name__, note))
-        elif (found := _match(module)) is not None:
-            note = found.reason or "could be replaced, is not switched on"
-            rows.append(Row(name, found.kind, type(module).__name__, None, note))
-    state = vars(model).get(STATE)
-    precision = state.precision.name if state and state.precision else None
-    measured = state.choice.figures if state and state.choice else ()
-    graphs = tuple(state.graphs.notes()) if state and state.graphs else ()
-    return Report(tuple(rows), precision, measured, graphs, state.attention if state else "auto")
 
 
 def accelerate(
@@ -222,7 +97,7 @@ def accelerate(
             numbers, without a patch embedding that is replaced, or for a model of Transformers, which casts pixels
             before any of its modules sees them; a `cuda_graph` that bounds nothing.
     """
-    _check_model(model)
+    check_model(model)
     selected = _kinds(only)
     max_mib = memory_bound(cuda_graph)
     policy = None if precision is None else get_precision(precision)
@@ -233,10 +108,10 @@ def accelerate(
         raise ValueError(
             f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}"
         )
-    if policy and _offloaded(model):
+    if policy and offloaded(model):
         raise ValueError(f"precision={policy.name!r}, but weights are offloaded; load the model in {policy.dtype}")
 
-    found = [(name, module, m) for name, module, m in _matches(model) if selected.intersection(_serves(m))]
+    found = [(name, module, m) for name, module, m in matches(model) if selected.intersection(serves(m))]
     if strict:
         refused = [
             f"{name or '(model)'} ({type(module).__name__}): {m.reason}" for name, module, m in found if m.reason
@@ -251,7 +126,7 @@ def accelerate(
         kinds = [kind for kind in KINDS if kind in selected]
         state.choice = select(model, example, kinds, precision=precision, cuda_graph=cuda_graph, attention=backend)
         selected = frozenset(state.choice.kinds)
-        found = [match for match in found if selected.intersection(_serves(match[2]))]
+        found = [match for match in found if selected.intersection(serves(match[2]))]
     embeds = [] if normalize is None else _uint8_embeds(model, found, normalize)
     for _, module, m in found:
         if m.fused is not None:
@@ -269,7 +144,7 @@ def accelerate(
 
     if policy:
         # a further call casts what was put into the model since
-        for key, original in _cast(model, policy.dtype).items():
+        for key, original in cast(model, policy.dtype).items():
             if original is not None or key not in state.originals:
                 state.originals[key] = original
         state.precision = policy
@@ -309,7 +184,7 @@ def restore(model: Model) -> Model:
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
     """
-    _check_model(model)
+    check_model(model)
     state: _State | None = model.__dict__.pop(STATE, None)
     if state is not None and state.graphs:
         # before the memory goes that they read
@@ -327,22 +202,10 @@ def restore(model: Model) -> Model:
             module.__class__ = replaces
     if state is not None:
         if state.precision is not None:
-            _uncast(model, state.precision.dtype, state.originals)
+            uncast(model, state.precision.dtype, state.originals)
         if state.compiled:
             model._compiled_call_impl = None
     return model
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("a scripted model cannot be accelerated; accelerate it before torch.jit.script")
-
-
-def _serves(found: Match) -> tuple[str, ...]:
-    """The kinds for whose sake a module is replaced."""
-    return FusedModel.serves if found.kind == FusedModel.kind else (found.kind,)
 
 
 def _kinds(only: Collection[str] | None) -> frozenset[str]:
@@ -385,64 +248,3 @@ def _uint8_embeds(
     if min(normalize[1]) <= 0.0:
         raise ValueError(f"normalize: std is {tuple(normalize[1])}; expected positive numbers")
     return [stem for _, stem, _ in stems]
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, str, Tensor]]:
-    """Every floating-point parameter and buffer, once per place it is registered in."""
-    return [
-        (prefix, name, tensor)
-        for prefix, module in model.named_modules()
-        for registry in (module._parameters, module._buffers)
-        for name, tensor in registry.items()
-        if tensor is not None and tensor.is_floating_point()
-    ]
-
-
-def _set_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor other data, and its gradient the dtype, as `Module.to` does: the object stays."""
-    grad = tensor.grad if tensor.is_leaf else None
-    if grad is not None:
-        tensor.grad = None
-    tensor.data = data
-    if grad is not None:
-        tensor.grad = grad.to(data.dtype)
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> dict[tuple[str, str], Tensor | None]:
-    """Give a model's tensors data in `dtype`; return what they had, None where that was it. Tied tensors stay tied."""
-    originals: dict[tuple[str, str], Tensor | None] = {}
-    seen: dict[int, Tensor | None] = {}
-    for prefix, name, tensor in _tensors(model):
-        if id(tensor) not in seen:
-            seen[id(tensor)] = None if tensor.dtype == dtype else tensor.data
-            if tensor.dtype != dtype:
-                _set_data(tensor, tensor.data.to(dtype))
-        originals[prefix, name] = seen[id(tensor)]
-    return originals
-
-
-def _uncast(model: nn.Module, dtype: torch.dtype, originals: dict[tuple[str, str], Tensor | None]) -> None:
-    known = [original for original in originals.values() if original is not None]
-    seen: set[int] = set()
-    for prefix, name, tensor in _tensors(model):
-        original = originals.get((prefix, name))
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        if original is not None and _is_cast_of(tensor, original, dtype):
-            # two tensors that were one when they were cast must not share memory now
-            data = original.clone() if id(original) in seen else original
-            seen.add(id(original))
-            _set_data(tensor, data.to(tensor.device))
-        elif original is not None:
-            _set_data(tensor, tensor.data.to(original.dtype))
-        elif (prefix, name) not in originals and tensor.dtype == dtype and known:
-            # put there since: it goes where its neighbours go
-            _set_data(tensor, tensor.data.to(known[0].dtype))
-
-
-def _is_cast_of(tensor: Tensor, original: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor's values are still what the cast of `original` to `dtype` gave."""
-    if tensor.shape != original.shape or tensor.is_meta or original.is_meta:
-        return False
-    return torch.equal(original.to(tensor.device, dtype).to(tensor.dtype), tensor.detach())

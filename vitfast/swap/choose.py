@@ -14,65 +14,24 @@ everything of the model and the images that decides speed, so that a second call
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .kernels import INTERPRET, _config
+from ..kernels import INTERPRET, _config
+from .choices_file import Choice, Figure, choices_path, digest, read_choices, write_choice
 
 BUDGET_S = 10.0
 """Seconds for all of it; what must run at least once may exceed it on a slow machine."""
 
-SCHEMA = 1
 
 ROUTES = ("linear", "attention")
 """Ops whose config can say `library`."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One decision.
-
-    Attributes:
-        what: "model" (the result against the plain one), a kind, or a launch, "linear m=197,n=768,k=768,float16".
-        ours_ms: median of the model with it, in milliseconds a batch.
-        other_ms: median of the model without it, or with torch's own route.
-        kept: whether it stays.
-    """
-
-    what: str
-    ours_ms: float
-    other_ms: float
-    kept: bool
-
-    def __str__(self) -> str:
-        other = "plain" if self.what == "model" else "torch's own" if " " in self.what else "without"
-        verdict = "kept" if self.kept else "dropped"
-        return f"{self.what}: {self.ours_ms:.4g} ms, {other} {self.other_ms:.4g} ms, {verdict}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `select` found.
-
-    Attributes:
-        kinds: to switch on.
-        library: keys of launches, by op, that go to torch's own routine.
-        figures: what was measured.
-    """
-
-    kinds: tuple[str, ...]
-    library: Mapping[str, tuple[str, ...]]
-    figures: tuple[Figure, ...]
 
 
 def select(
@@ -105,12 +64,12 @@ def select(
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if devices - {example.device}:
         raise ValueError(f"example is on {example.device}, the model on {', '.join(sorted(map(str, devices)))}")
-    key = _key(model, example, kinds, precision, bool(cuda_graph), attention)
-    path = _path(example.device)
-    if (known := _read(path).get(key)) is not None:
+    key = digest(model, example, kinds, precision, bool(cuda_graph), attention)
+    path = choices_path(example.device)
+    if (known := read_choices(path).get(key)) is not None:
         return Choice(tuple(known["kinds"]), known["library"], tuple(Figure(**figure) for figure in known["figures"]))
     choice = _measure(model, example, tuple(kinds), precision, cuda_graph, attention, budget_s)
-    _write(path, key, choice)
+    write_choice(path, key, choice)
     return choice
 
 
@@ -123,8 +82,8 @@ def _measure(
     attention: str,
     budget_s: float,
 ) -> Choice:
-    from . import accelerate
-    from .benchmarks.measure import sample_ms, time_interleaved
+    from ..benchmarks.measure import sample_ms, time_interleaved
+    from .accelerate import accelerate
 
     begin = time.monotonic()
     device = example.device
@@ -226,7 +185,7 @@ def _adopt(entries: list[tuple[str, str, dict[str, Any]]], device: torch.device)
     name = _config._device_name(device)
     if not entries or name is None:
         return
-    from .benchmarks.tune import write_entries
+    from ..benchmarks.tune import write_entries
 
     by_op: dict[str, dict[str, Any]] = {}
     for op, key, entry in entries:
@@ -236,53 +195,3 @@ def _adopt(entries: list[tuple[str, str, dict[str, Any]]], device: torch.device)
 
 
 # what was found before
-
-
-def _path(device: torch.device) -> Path:
-    from .benchmarks.measure import cpu_name
-
-    return _config.user_folder() / "choices" / _config.file_name(_config._device_name(device) or cpu_name())
-
-
-def _key(
-    model: nn.Module,
-    example: Tensor,
-    kinds: Collection[str],
-    precision: str | None,
-    cuda_graph: bool,
-    attention: str,
-) -> str:
-    """A digest of all that decides what is faster, but the device."""
-    from . import __version__
-    from .benchmarks.measure import versions
-
-    modules = [
-        (name, f"{type(module).__module__}.{type(module).__qualname__}", len(module._forward_hooks))
-        for name, module in model.named_modules()
-    ]
-    tensors = [(name, list(t.shape), str(t.dtype)) for name, t in model.state_dict().items()]
-    batch = (list(example.shape), list(example.stride()), str(example.dtype))
-    software = (__version__, versions())
-    threads = torch.get_num_threads() if example.device.type == "cpu" else 0
-    decides = (SCHEMA, software, threads, sorted(kinds), precision, cuda_graph, attention, batch, modules, tensors)
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a file of choices ({error}); delete it to measure anew") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("choices"), dict):
-        raise ValueError(f"{path}: not a file of choices of schema {SCHEMA}; delete it to measure anew")
-    return content["choices"]
-
-
-def _write(path: Path, key: str, choice: Choice) -> None:
-    choices = {**_read(path), key: asdict(choice)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps({"schema": SCHEMA, "choices": choices}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

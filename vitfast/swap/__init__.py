@@ -1,0 +1,1 @@
+"""Fused layers in the place of a model's own, and back: `accelerate`, `restore`, `report`."""
