@@ -5,7 +5,6 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 """
 
 if __name__ == "vitfast.kernels":
-    from ._derived import derived, expire, rederive, release
     from ._op import INTERPRET
     from .attention import (
         MAX_HEAD_DIM,
@@ -21,6 +20,8 @@ if __name__ == "vitfast.kernels":
     from .linear import ACTIVATIONS, linear, linear_ref
     from .mlp import mlp, mlp_ref
     from .norm_linear import (
+        Folded,
+        fold,
         linear_stats,
         linear_stats_ref,
         norm_linear,
@@ -47,8 +48,8 @@ __all__ = [
     "attention_lse_ref",
     "attention_qkv",
     "attention_ref",
-    "derived",
-    "expire",
+    "Folded",
+    "fold",
     "layer_norm",
     "layer_norm_ref",
     "linear",
@@ -61,10 +62,8 @@ __all__ = [
     "norm_linear_ref",
     "patch_embed",
     "patch_embed_ref",
-    "rederive",
     "relative_attention",
     "relative_attention_ref",
-    "release",
     "row_stats",
     "row_stats_ref",
     "window_attention",

@@ -14,8 +14,8 @@ Statistics are `[2, ..., ceil(K / 64)]` fp32: the mean and the sum of squared de
 epilogue of the GEMM that writes x computes of the rounded values (6 % of x's bytes in bf16) and `norm_linear` merges.
 Keeping deviations from a group's own mean is what makes outlier channels harmless; a sum of squares would cancel.
 
-g W, its column sums (of the rounded product, in fp32) and W beta + b are derived from the parameters at the first call
-and again when one of them has changed. They are kept beside the weight for as long as it lives, see `folded`.
+g W, its column sums (of the rounded product, in fp32) and W beta + b are made by `fold`, which reads and writes W once.
+Who knows that weights stay hands them over; otherwise they are made in each call.
 
 FLOPs: 2*M*N*K. Bytes of e-byte elements: (M*K + N*K + M*N) * e + statistics.
 
@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._derived import derived
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 from .layer_norm import MAX_WIDTH, launch_config, layer_norm_ref, norm_gradients
@@ -80,6 +79,9 @@ def norm_linear_ref(
     bias: Tensor | None,
     activation: str,
     tf32: bool,
+    folded_weight: Tensor | None = None,
+    colsum: Tensor | None = None,
+    folded_bias: Tensor | None = None,
 ) -> Tensor:
     """The same function in torch's own calls, unfolded; `stats` are x's, so it has no need of them."""
     return linear_ref(layer_norm_ref(x, norm_weight, norm_bias, eps)[0], weight, bias, activation, None, None, tf32)
@@ -119,18 +121,21 @@ class Folded:
     bias: Tensor
 
 
-def _fold(
-    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def fold(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None
+) -> Folded:
+    """What `norm_linear` computes with, of a linear layer and the norm in front of it; new memory in every case.
+
+    Args:
+        weight: `[N, K]`, fp16, bf16 or fp32.
+        bias: `[N]`, or None.
+        norm_weight: `[K]`, or None for 1.
+        norm_bias: `[K]`, or None for 0.
+    """
     wide = weight.float()
     shift = torch.zeros_like(wide[:, 0]) if norm_bias is None else (wide * norm_bias.float()).sum(1)
-    scaled = (wide if norm_weight is None else wide * norm_weight.float()).to(weight.dtype)
-    return scaled, scaled.float().sum(1), shift if bias is None else shift + bias.float()
-
-
-def folded(weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Folded:
-    """What `norm_linear` computes with, derived from these parameters and kept beside `weight`."""
-    return Folded(*derived("fold", _fold, weight, bias, norm_weight, norm_bias))
+    scaled = torch.empty_like(weight).copy_(wide if norm_weight is None else wide * norm_weight.float())
+    return Folded(scaled, scaled.float().sum(1), shift if bias is None else shift + bias.float())
 
 
 def _check_stats(op: str, stats: Tensor, x: Tensor) -> None:
@@ -156,6 +161,9 @@ def _check_norm_linear(
     bias: Tensor | None,
     activation: str,
     tf32: bool,
+    folded_weight: Tensor | None,
+    colsum: Tensor | None,
+    folded_bias: Tensor | None,
 ) -> None:
     check_linear(x, weight, bias, activation, None, None, tf32)
     check_tensors("norm_linear", x=x, stats=stats, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -166,6 +174,11 @@ def _check_norm_linear(
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"norm_linear: '{name}' has dtype {tensor.dtype}; expected {x.dtype} (x's) or float32")
+    if folded_weight is not None:
+        check_shape("norm_linear", "folded.weight", folded_weight, *weight.shape)
+        check_same_dtype("norm_linear", weight=weight, folded_weight=folded_weight)
+        for name, tensor in (("folded.colsum", colsum), ("folded.bias", folded_bias)):
+            check_shape("norm_linear", name, tensor, weight.shape[0])
 
 
 def _empty_stats(x: Tensor, width: int) -> Tensor:
@@ -217,8 +230,14 @@ def _norm_linear(
     bias: Tensor | None,
     activation: str,
     tf32: bool,
+    folded_weight: Tensor | None,
+    colsum: Tensor | None,
+    folded_bias: Tensor | None,
 ) -> Tensor:
-    ours = folded(weight, bias, norm_weight, norm_bias)
+    if folded_weight is None or colsum is None or folded_bias is None:
+        ours = fold(weight, bias, norm_weight, norm_bias)
+    else:
+        ours = Folded(folded_weight, colsum, folded_bias)
     stats = stats.contiguous()
     return launch_gemm(
         x, ours.weight, ours.bias, activation, None, None, tf32, stats=stats, colsum=ours.colsum, eps=eps
@@ -235,7 +254,7 @@ def _linear_stats_backward(ctx: Any, dy: Tensor, dstats: Tensor | None) -> tuple
 
 
 def _norm_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, _, norm_weight, norm_bias, eps, weight, bias, activation, _ = inputs
+    x, _, norm_weight, norm_bias, eps, weight, bias, activation, *_ = inputs
     ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
     ctx.eps, ctx.activation = eps, activation
 
@@ -251,7 +270,7 @@ def _norm_linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if dnormed is not None:
         wanted = [needs_x, needs_norm_weight, needs_norm_bias]
         dx, dnorm_weight, dnorm_bias = norm_gradients(dnormed, x, mean, rstd, norm_weight, norm_bias, wanted)
-    return dx, None, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None
+    return dx, None, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None, None, None, None
 
 
 _linear_stats.op.register_autograd(_linear_stats_backward, setup_context=_linear_stats_setup)
@@ -310,6 +329,7 @@ def norm_linear(
     bias: Tensor | None = None,
     activation: str = "none",
     tf32: bool = False,
+    folded: Folded | None = None,
 ) -> Tensor:
     """`activation(layer_norm(x) @ weight.T + bias)` without a normalised tensor.
 
@@ -323,13 +343,15 @@ def norm_linear(
         bias: `[N]` in x's dtype, or None.
         activation: as in `linear`.
         tf32: as in `linear`.
+        folded: `fold(weight, bias, norm_weight, norm_bias)`, of these very values; None: made in this call. It is not
+            read on a CPU, and gradients are those of the parameters.
 
     Returns:
-        `[..., N]` in x's dtype, contiguous. On a GPU as much memory again as the weight's is held with it.
-        Autocast changes nothing here.
+        `[..., N]` in x's dtype, contiguous. Autocast changes nothing here.
 
     Raises:
         ValueError: a shape, device or activation does not fit.
         TypeError: a dtype does not fit.
     """
-    return _norm_linear(x, stats, norm_weight, norm_bias, eps, weight, bias, activation, tf32)
+    made = (None, None, None) if folded is None else (folded.weight, folded.colsum, folded.bias)
+    return _norm_linear(x, stats, norm_weight, norm_bias, eps, weight, bias, activation, tf32, *made)

@@ -6,7 +6,7 @@ from .model import VisionTransformer
 from .parity import compare, parity
 from .preprocess import ImageSpec, image_spec, preprocess
 from .register import register
-from .swap.accelerate import accelerate, restore
+from .swap.accelerate import accelerate, refresh, restore
 from .swap.report import Report, report
 from .weights import load_weights
 
@@ -27,6 +27,7 @@ __all__ = [
     "overlay",
     "parity",
     "preprocess",
+    "refresh",
     "register",
     "report",
     "restore",

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .adapters import match
-from .layers import FusedAttention, FusedBlock, face
+from .layers import FusedAttention, FusedBlock, view_as
 
 HEADS = ("mean", "max", "min")
 ROWS = ("all", "cls")
@@ -106,7 +106,7 @@ def _attentions(model: nn.Module) -> list[_Attention]:
             parent = model.get_submodule(name.rpartition(".")[0])
             skips = isinstance(parent, FusedBlock) and parent.attn is module and not parent.bias_from_block
             block = parent if skips else None
-            found.append(_Attention(name, module, face(kind, module), block))
+            found.append(_Attention(name, module, view_as(kind, module), block))
     known = tuple({attention.view.replaces for attention in found})
     # one of the same class is a layer that the count would miss; another class pools
     missing = [

@@ -1,4 +1,9 @@
-"""Is it still the model that was looked at? For plans and graphs."""
+"""Is it still the model that was looked at? One watch for plans of layers and for graphs of models.
+
+A plan or a graph is what Python decided once. What the decision was read from is compared at every call, so the loops
+over a block's two dozen modules run in C: about 4 us a block. Nothing here computes; what is found changed is made anew
+by whoever asked.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,132 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import Buffer, Parameter
 
-# where a model keeps what `restore` undoes, these graphs too
+# where a model keeps what `restore` undoes, its graphs too, and where a fused layer keeps its plan
 STATE = "_vitfast_state"
+PLAN = "_vitfast_plan"
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+# what nn.Module keeps for itself; the rest of a module's dictionary is its configuration, or a method put there
+_INTERNAL = frozenset((*vars(nn.Module()), "_compiled_call_impl", STATE, PLAN))
+# whose forward does not ask whether they train
+_MODELESS = (nn.Linear, nn.LayerNorm, nn.Identity, nn.GELU, nn.Conv2d)
+
+_training = itemgetter("training")
+_version = attrgetter("_version")
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why a model can have no graphs, or None."""
+class Watch:
+    """What a forward depends on beside its input, as it stands now, to tell later whether it still does.
+
+    It refers to everything that it compares, but for the module that is watched: that one holds what holds the watch,
+    and shall go without the garbage collector.
+
+    Args:
+        root: the module whose forward it is.
+        tensors: whether a forward reads memory that is remembered, or what was derived from it: then `written` says
+            whether parameters and buffers lie where they lay and have the versions that they had.
+        attributes: whether the modules' plain attributes and the plans of fused layers are compared too.
+    """
+
+    def __init__(self, root: nn.Module, *, tensors: bool = False, attributes: bool = False) -> None:
+        self._root = weakref.ref(root)
+        parts = list(root.modules())[1:]
+        own = [vars(part) for part in parts]
+        self._registries = [vars(root)[name] for name in _REGISTRIES]
+        self._parts, self._types = parts, list(map(type, parts))
+        self._own, self._lengths = own, list(map(len, own))
+        registries = [*self._registries, *(d[name] for d in own for name in _REGISTRIES)]
+        self._filled = [registry for registry in registries if registry]
+        self._members = list(self._registered())
+        self._hooks = [d[name] for d in (vars(root), *own) for name in HOOKS]
+        self._without = [hooks for hooks in self._hooks if not hooks]
+        self._with = [hooks for hooks in self._hooks if hooks]
+        self._global = _has_any_global_hook()
+        self._modes = [d for part, d in zip(parts, own, strict=True) if type(part) not in _MODELESS]
+        self._modes_were = [root.training, *map(_training, self._modes)]
+        self._getters: list[Any] = []
+        self._attributes: list[Any] = []
+        if attributes:
+            keys = [[key for key in d if key not in _INTERNAL] for d in (vars(root), *own)]
+            # the first key twice, since one alone would not give a tuple
+            self._root_getter = itemgetter("_modules", "_parameters", *keys[0])
+            self._getters = [(itemgetter(k[0], *k), d) for k, d in zip(keys[1:], own, strict=True) if k]
+            self._attributes = list(self._configured())
+        # a plan that was dropped and made again reads other memory; held here, the old one's stays allocated
+        self._plans = [(d, d[PLAN]) for d in own if PLAN in d] if attributes else []
+        watched = {id(t): t for t in self._members if isinstance(t, Tensor)} if tensors else {}
+        self._tensors = list(watched.values())
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        # inference tensors do not say when they change
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._versions = list(map(_version, self._versioned))
+
+    def _registered(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._filled))
+
+    def _configured(self) -> Iterator[Any]:
+        return chain(self._root_getter(vars(self._root())), chain.from_iterable(get(d) for get, d in self._getters))
+
+    def same_modules(self) -> bool:
+        """Whether modules, classes, parameters, buffers and, if asked for, attributes are what they were."""
+        root = self._root()
+        if root is None or not all(map(is_, map(vars(root).get, _REGISTRIES), self._registries)):
+            # a replica shares everything else
+            return False
+        members = list(self._registered())
+        try:
+            return (
+                list(map(type, self._parts)) == self._types
+                and list(map(len, self._own)) == self._lengths
+                # by identity: comparing tensors would compare what they hold
+                and len(members) == len(self._members)
+                and all(map(is_, members, self._members))
+                and (not self._attributes or all(map(is_, self._configured(), self._attributes)))
+                and all(d.get(PLAN) is plan for d, plan in self._plans)
+            )
+        except KeyError:
+            return False
+
+    def same(self) -> bool:
+        """`same_modules`, and whether hooks stand where they stood and modules train that trained."""
+        root = self._root()
+        return (
+            root is not None
+            and not any(self._without)
+            and all(self._with)
+            and _has_any_global_hook() == self._global
+            and [root.training, *map(_training, self._modes)] == self._modes_were
+            and self.same_modules()
+        )
+
+    def busy(self) -> bool:
+        """Whether a module trains, or has something to call in Python at each forward."""
+        root = self._root()
+        own = [vars(root), *self._own]
+        return (
+            any(self._hooks)
+            or bool(_has_any_global_hook())
+            or any(map(_training, own))
+            or any("forward" in d for d in own)
+        )
+
+    def in_place(self) -> bool:
+        """Whether weights lie where they lay and classes are what they were: before a launch that reads that memory."""
+        return (
+            list(map(Tensor.data_ptr, self._tensors)) == self._addresses and list(map(type, self._parts)) == self._types
+        )
+
+    def written(self) -> bool:
+        """Whether weights were moved or written to in place; what goes through `.data` is not seen."""
+        return (
+            list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+            or list(map(_version, self._versioned)) != self._versions
+        )
+
+
+def why_unwatched(model: nn.Module) -> str | None:
+    """Why a model cannot be watched, in words, or None."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             return f"{name or 'the model'} is scripted"
@@ -28,107 +153,15 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
-def occupation(model: nn.Module) -> str | None:
-    """What has to run in Python at each forward of the model as it is now, or None: `Watch.occupied` in words."""
+def why_busy(model: nn.Module) -> str | None:
+    """`Watch.busy` in words: what has to run in Python at each forward of the model as it is now, or None."""
     for name, module in model.named_modules():
         own = vars(module)
         for holds, what in (
-            (any(own[hooks] for hooks in _HOOKS), "has hooks"),
+            (any(own[hooks] for hooks in HOOKS), "has hooks"),
             ("forward" in own, "has a forward of its own"),
             (module.training, "is in train mode"),
         ):
             if holds:
                 return f"{name or 'the model'} ({type(module).__name__}) {what}"
     return "there are global hooks" if _has_any_global_hook() else None
-
-
-# what nn.Module keeps for itself; the rest of a module's dictionary is its configuration, or a method put there
-_INTERNAL = frozenset((*vars(nn.Module()), "_compiled_call_impl", STATE))
-
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-class Watch:
-    """What a forward depends on beside its input, as it stands now, to tell later whether it still does.
-
-    Written so that the loops over some hundred modules run in C. It refers to everything that it compares, so no
-    memory that a graph reads is freed as long as a watch of its time lives, except by what `in_place` sees.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        # the model holds what holds this, and shall go without the garbage collector
-        self._root = weakref.ref(model)
-        modules = list(model.modules())
-        own = [vars(module) for module in modules]
-        self._parts, self._types = modules[1:], [type(module) for module in modules]
-        self._parts_own, self._lengths = own[1:], [len(d) for d in own]
-        registries = [d[name] for d in own for name in _REGISTRIES]
-        self._filled = [registry for registry in registries if registry]
-        self._empty = [registry for registry in registries if not registry]
-        self._members = list(self._registered())
-        self._hooks = [d[name] for d in own for name in _HOOKS]
-        self._replaced = any("forward" in d for d in own)
-        keys = [[key for key in d if key not in _INTERNAL] for d in own]
-        # the first key twice, since one alone would not give a tuple
-        self._root_getter = itemgetter("_parameters", "_modules", *keys[0])
-        self._getters = [(itemgetter(k[0], *k), d) for k, d in zip(keys[1:], own[1:], strict=True) if k]
-        self._attributes = list(self._configured())
-        tensors = list({id(t): t for t in self._members if isinstance(t, Tensor)}.values())
-        self._tensors, self._addresses = tensors, [t.data_ptr() for t in tensors]
-        # inference tensors do not say when they change, and nothing is derived from them
-        self._versioned = [t for t in tensors if not t.is_inference()]
-        self._versions = self._current_versions()
-
-    def _own(self) -> list[dict[str, Any]]:
-        return [vars(self._root()), *self._parts_own]
-
-    def _registered(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._filled))
-
-    def _configured(self) -> Iterator[Any]:
-        parts = [get(d) for get, d in self._getters]
-        return chain(self._root_getter(vars(self._root())), chain.from_iterable(parts))
-
-    def _current_versions(self) -> list[int]:
-        return list(map(attrgetter("_version"), self._versioned))
-
-    def in_place(self) -> bool:
-        """Whether weights are where they were and classes what they were: before a launch, as it reads that memory."""
-        return (
-            list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-            and list(map(type, [self._root(), *self._parts])) == self._types
-        )
-
-    def occupied(self) -> bool:
-        """Whether a module trains, or has something to call in Python at each forward."""
-        return (
-            self._replaced
-            or any(self._hooks)
-            or bool(_has_any_global_hook())
-            or any(map(itemgetter("training"), self._own()))
-        )
-
-    def changed(self) -> bool:
-        """Whether modules, parameters, buffers or attributes are others than they were."""
-        if list(map(len, self._own())) != self._lengths or any(self._empty):
-            return True
-        members = list(self._registered())
-        # by identity: comparing tensors would compare what they hold
-        if len(members) != len(self._members) or not all(map(is_, members, self._members)):
-            return True
-        try:
-            return not all(map(is_, self._configured(), self._attributes))
-        except KeyError:
-            return True
-
-    def written(self) -> bool:
-        """Whether weights were written to in place since the last time."""
-        versions = self._current_versions()
-        if versions == self._versions:
-            return False
-        self._versions = versions
-        return True

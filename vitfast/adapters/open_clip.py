@@ -22,9 +22,9 @@ from .torch_nn import decline_layer_norm, never
 class FusedOpenClipLayerNorm(layers.FusedLayerNorm, Rebuilt):
     """A LayerNorm that keeps its input's dtype under autocast too."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to `[..., D]`."""
-        return super().forward(x).to(x.dtype)
+    def compute(self, x: Tensor) -> Tensor:
+        """`forward` where nothing keeps the kernel from it."""
+        return super().compute(x).to(x.dtype)
 
 
 class FusedOpenClipLayerNormFp32(FusedOpenClipLayerNorm, Rebuilt):
@@ -39,7 +39,6 @@ class FusedOpenClipBlock(layers.FusedBlock, Rebuilt):
     norm2 = layers.alias("ln_2")
     ls2 = layers.alias("ls_2")
     drop_path1 = drop_path2 = layers.IDENTITY
-    layer_scale_class = transformer.LayerScale
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as open_clip's block does."""
@@ -53,16 +52,12 @@ class FusedOpenClipBlock(layers.FusedBlock, Rebuilt):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; attention that is masked, or to other tokens, is open_clip's own."""
-        if (
-            k_x is not None
-            or v_x is not None
-            or attn_mask is not None
-            or layers.symbolic(q_x)
-            # where the sum is normalised as it is made, autocast would widen it
-            or (torch.is_autocast_enabled(q_x.device.type) and not self._takes_residual(self.attn))
-        ):
+        masked = k_x is not None or v_x is not None or attn_mask is not None
+        plan = None if masked else self.plan_for(q_x)
+        # where the sum is normalised as it is made, autocast would widen it
+        if plan is None or (plan.attn is None and torch.is_autocast_enabled(q_x.device.type)):
             return super().forward(q_x, k_x, v_x, attn_mask)
-        return self.fused(q_x)
+        return self.fused(q_x, plan)
 
 
 class FusedOpenClipVisionTransformer(layers.FusedStemModel, Rebuilt):
@@ -72,9 +67,9 @@ class FusedOpenClipVisionTransformer(layers.FusedStemModel, Rebuilt):
     blocks = property(lambda self: self.transformer.resblocks)
     norm = layers.alias("ln_post")
 
-    def fusable(self, pixels: Tensor) -> bool:
+    def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what open_clip would."""
-        if not super().fusable(pixels):
+        if not super().embeds(pixels):
             return False
         rows, cols = pixels.shape[2] / self.patch_size[0], pixels.shape[3] / self.patch_size[1]
         return rows % 1 == cols % 1 == 0 and rows * cols + 1 == self.positional_embedding.shape[0]
@@ -84,26 +79,26 @@ class FusedOpenClipVisionTransformer(layers.FusedStemModel, Rebuilt):
         return 1 if self.pool_type == "tok" and self.attn_pool is None and not self.output_tokens else None
 
     def straight(self) -> bool:
-        """Whether `through` runs the blocks one after another and nothing else."""
+        """Whether `run_blocks` runs the blocks one after another and nothing else."""
         stack = self.transformer
-        return layers.plain(stack, transformer.Transformer) and stack.batch_first and not stack.grad_checkpointing
+        return layers.is_plain(stack, transformer.Transformer) and stack.batch_first and not stack.grad_checkpointing
 
-    def through(self, x: Tensor) -> Tensor:
+    def run_blocks(self, x: Tensor) -> Tensor:
         """All blocks as the original runs them: `[B, N, D]` to `[B, N, D]`."""
         return self.transformer(x)
 
     def forward(self, x: Tensor) -> Any:
         """`[B, C, H, W]` to features, or to `(features, tokens)`; the last block computes what is pooled."""
-        if layers.symbolic(x) or layers.overridden(self):
+        if not layers.takes(x) or layers.overridden(self):
             return super().forward(x)
         # without a name, which would keep the first tokens' memory through all blocks
-        pooled, tokens = self._pool(self.encode(self._embeds(x), self.kept()))
+        pooled, tokens = self._pool(self.encode(self._embeds(x), self.prefix_length()))
         if self.proj is not None:
             pooled = pooled @ self.proj
         return (pooled, tokens) if self.output_tokens else pooled
 
     def _embeds(self, x: Tensor) -> Tensor:
-        if not self.fusable(x):
+        if not self.embeds(x):
             return super()._embeds(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.conv1.weight.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +17,29 @@ from .torch_nn import decline_head_dim, never
 class FusedReferencePatchEmbed(layers.FusedPatchEmbed, Rebuilt):
     """`vitfast.model.PatchEmbed`."""
 
-    def fusable(self, pixels: Tensor) -> bool:
+    def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the model would."""
         height, width = self.patch_size
-        return super().fusable(pixels) and pixels.shape[2] % height == 0 and pixels.shape[3] % width == 0
+        return super().embeds(pixels) and pixels.shape[2] % height == 0 and pixels.shape[3] % width == 0
 
     def forward(self, pixels: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`."""
-        return self.tokens(pixels) if self.fusable(pixels) else super().forward(pixels)
+        return self.tokens(pixels) if self.embeds(pixels) else super().forward(pixels)
 
 
 class FusedReferenceAttention(layers.FusedAttention, Rebuilt):
     """`vitfast.model.Attention`, with its relative position logits as the kernel's bias."""
 
-    def whole(self) -> bool:
+    def position_free(self) -> bool:
         """Relative logits are a query's own."""
         return self.rel_pos_embed is None
 
-    def core(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, plan: layers.AttentionPlan) -> Tensor:
         """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
         if self.rel_pos_embed is None:
-            return super().core(qkv)
+            return super().attend(qkv, plan)
         q, k, v = self.heads(qkv)
-        return self.mixed(q, k, v, self.relative_logits(q, self.rel_pos_embed))
+        return self.softmax_attention(q, k, v, self.relative_logits(q, self.rel_pos_embed))
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `FusedAttention.query_key`, with the relative logits."""
@@ -48,24 +48,21 @@ class FusedReferenceAttention(layers.FusedAttention, Rebuilt):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
-        return self.fused(x) if self.fusable() else super().forward(x)
+        plan = self.plan_for(x)
+        return super().forward(x) if plan is None else self.fused(x, plan)
 
 
 class FusedReferenceMlp(layers.FusedMlp, Rebuilt):
     """`vitfast.model.Mlp`."""
 
-    activations: ClassVar = {model.QuickGELU: "quick_gelu"}
-
 
 class FusedReferenceBlock(layers.FusedBlock, Rebuilt):
     """`vitfast.model.Block`."""
 
-    layer_scale_class = model.LayerScale
-    drop_path_class = model.DropPath
-
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
-        return self.fused(x)
+        plan = self.plan_for(x)
+        return super().forward(x) if plan is None else self.fused(x, plan)
 
 
 class FusedReferenceVisionTransformer(layers.FusedModel, Rebuilt):
@@ -79,21 +76,24 @@ class FusedReferenceVisionTransformer(layers.FusedModel, Rebuilt):
 
     def forward(self, x: Tensor) -> Any:
         """`[B, C, H, W]` to logits; the last block computes what the head reads."""
-        kept = None if layers.symbolic(x) or self.grad_checkpointing or self.pos_embed_at != "stem" else self.kept()
-        if kept is None:
+        prefix = None if not layers.takes(x) or self._loops_itself() else self.prefix_length()
+        if prefix is None:
             return super().forward(x)
         # without a name, which would keep the first tokens' memory through all blocks
-        return self.forward_head(self.norm(self.encode(self.norm_pre(self.pos_drop(self.embed(x))), kept)))
+        return self.forward_head(self.norm(self.encode(self.norm_pre(self.pos_drop(self.embed(x))), prefix)))
+
+    def _loops_itself(self) -> bool:
+        return self.grad_checkpointing or self.pos_embed_at != "stem"
 
     def _encode(self, pixels: Tensor, depth: int, take: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        if take or self.grad_checkpointing or self.pos_embed_at != "stem" or layers.symbolic(pixels):
+        if take or self._loops_itself() or not layers.takes(pixels):
             return super()._encode(pixels, depth, take)
         return self.encode(self.norm_pre(self.pos_drop(self.embed(pixels)))), []
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Equation 1: `[B, C, H, W]` to `[B, T + N, D]`."""
         stem = self.patch_embed
-        if not isinstance(stem, FusedReferencePatchEmbed) or layers.hooked(stem) or not stem.fusable(pixels):
+        if not isinstance(stem, FusedReferencePatchEmbed) or layers.hooked(stem) or not stem.embeds(pixels):
             return super().embed(pixels)
         pos = self.pos_embed_for(stem.grid(pixels.shape[2], pixels.shape[3]))
         prefix = [token[0] for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import kernels, layers
-from .known import Rebuilt, Swap, around, instructions
+from .known import Rebuilt, Swap, around
 
 
 class FusedLayerNorm(layers.FusedLayerNorm, Rebuilt):
@@ -18,14 +16,14 @@ class FusedLayerNorm(layers.FusedLayerNorm, Rebuilt):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
-        return layers.leaf(self, x) if layers.symbolic(x) else super().forward(x)
+        return layers.call_leaf(self, x) if layers.symbolic(x) else super().forward(x)
 
 
 class FusedMultiheadAttention(layers.FusedAttention, Rebuilt):
     """`torch.nn.MultiheadAttention` with one weight for q, k and v: self-attention without masks or weights asked for.
 
-    Tokens are `[B, N, D]`, or `[N, B, D]` without `batch_first`; `fused`, `attended` and `core` take them as they are.
-    The output projection's weights are read, as torch does: that module is never called, so its hooks never ran.
+    Tokens are `[B, N, D]`, or `[N, B, D]` without `batch_first`; all steps take them as they are. The output
+    projection's weights are read, as torch does: that module is never called, so its hooks never ran.
     """
 
     q_norm = k_norm = attn_drop = proj_drop = layers.IDENTITY
@@ -36,9 +34,9 @@ class FusedMultiheadAttention(layers.FusedAttention, Rebuilt):
         """Of the scores."""
         return self.head_dim**-0.5
 
-    def fusable(self) -> bool:
-        """Whether the kernel computes what torch would: it has no dropout."""
-        return not (self.training and self.dropout)
+    def why_dropout(self, notes: list[str]) -> str:
+        """Why dropout has the original run."""
+        return self.why_rate("attention dropout", self.dropout, notes)
 
     def forward(  # type: ignore[override]
         self,
@@ -53,8 +51,8 @@ class FusedMultiheadAttention(layers.FusedAttention, Rebuilt):
     ) -> tuple[Tensor, Tensor | None]:
         """`(output, weights or None)`; what is not plain self-attention is torch's own."""
         if layers.symbolic(query):
-            given = (key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return layers.leaf(self, query, *given)
+            more = (key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return layers.call_leaf(self, query, *more)
         if (
             query is key is value
             and not need_weights
@@ -62,10 +60,9 @@ class FusedMultiheadAttention(layers.FusedAttention, Rebuilt):
             and key_padding_mask is None
             and attn_mask is None
             and query.dim() == 3
-            and not query.is_nested
-            and self.fusable()
+            and (plan := self.plan_for(query)) is not None
         ):
-            return self.fused(query), None
+            return self.fused(query, plan), None
         return super().forward(
             query,
             key,
@@ -77,43 +74,39 @@ class FusedMultiheadAttention(layers.FusedAttention, Rebuilt):
             is_causal=is_causal,
         )
 
-    def attended(self, x: Tensor, **given: Any) -> Tensor:
-        """Normed tokens to merged heads."""
-        return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32), **given)
-
-    def core(self, qkv: Tensor, **given: Any) -> Tensor:
-        """`[..., 3 * H * d]` to `[..., H * d]`."""
-        if self.batch_first:
-            return super().core(qkv, **given)
-        return super().core(qkv.transpose(0, 1), **given).transpose(0, 1)
-
-    def project(self, out: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        """`residual + scale * out_proj(out)`."""
-        proj = self.out_proj
-        return kernels.linear(out, proj.weight, proj.bias, residual=residual, scale=scale, tf32=self.tf32)
-
-    def whole(self) -> bool:
-        """Whether tokens are where `first` looks for them."""
-        return self.batch_first
-
-    def plain_in(self) -> bool:
+    def plan_in(self, notes: list[str]) -> bool:
         """Always: the projection's weights are the module's own."""
         return True
+
+    def plan_out(self, notes: list[str]) -> bool:
+        """Of the output projection the weights are read, whatever hangs on it."""
+        if held := layers.foreign(self.out_proj):
+            notes.append(f"out_proj holds a {held}: called as a module")
+        return not held
 
     def weights_in(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[3 * D, D]` and bias of the projection to q, k and v."""
         return self.in_proj_weight, self.in_proj_bias
+
+    def project_in(self, x: Tensor, plan: layers.AttentionPlan) -> Tensor:
+        """Normed tokens to q, k and v `[..., 3 * H * d]`."""
+        return kernels.linear(x, *self.weights_in(), tf32=self.tf32)
+
+    def attend(self, qkv: Tensor, plan: layers.AttentionPlan) -> Tensor:
+        """`[..., 3 * H * d]` to `[..., H * d]`."""
+        if self.batch_first:
+            return super().attend(qkv, plan)
+        return super().attend(qkv.transpose(0, 1), plan).transpose(0, 1)
+
+    def position_free(self) -> bool:
+        """Whether tokens are where `attend_prefix` looks for them."""
+        return self.batch_first
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `FusedAttention.query_key`."""
         qkv = nn.functional.linear(x, *self.weights_in())
         q, k, _ = self.heads(qkv if self.batch_first else qkv.transpose(0, 1))
         return q, k, None
-
-    def limits(self) -> list[str]:
-        if not self.dropout:
-            return []
-        return [f"attention dropout {self.dropout:g}: the original forward runs in training"]
 
 
 def place(index: int) -> Any:
@@ -133,33 +126,9 @@ class FusedSequential(layers.FusedMlp, Rebuilt):
     drop1 = drop2 = layers.IDENTITY
     fc2 = place(2)
 
-    def fusable(self) -> bool:
+    def why_original(self) -> str:
         """Whether there are as many modules as there were."""
-        return len(self) == self.length
-
-    @classmethod
-    def epilogue(cls, module: nn.Module) -> str | None:
-        """The kernel's name for an activation module, or None where it has none."""
-        known = super().epilogue(module)
-        return "quick_gelu" if known is None and _is_quick_gelu(type(module)) else known
-
-
-# CLIP's, in OpenAI's package, open_clip and every copy: a class of its own in each
-def _quick_gelu(self: Any, x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-_known_activations: dict[Any, bool] = {}
-
-
-@torch.compiler.assume_constant_result
-def _is_quick_gelu(kind: Any) -> bool:
-    # a compiler runs this rather than reading it
-    known = _known_activations.get(kind)
-    if known is None:
-        known = inspect.isfunction(kind.forward) and instructions(kind.forward) == instructions(_quick_gelu)
-        _known_activations[kind] = known
-    return known
+        return super().why_original() or ("" if len(self) == self.length else "has other modules than it had")
 
 
 def decline_layer_norm(module: Any) -> str | None:
@@ -167,7 +136,7 @@ def decline_layer_norm(module: Any) -> str | None:
     shape = module.normalized_shape
     if len(shape) != 1:
         return f"normalises {len(shape)} dimensions; the kernel one"
-    if shape[0] > (widest := layers.kernels.MAX_WIDTH):
+    if shape[0] > (widest := kernels.MAX_WIDTH):
         return f"is {shape[0]} wide; the kernel takes up to {widest}"
     return None
 
@@ -184,7 +153,7 @@ def _is_mlp(module: Any) -> bool:
     if type(module) is not nn.Sequential or len(module) != FusedSequential.length:
         return False
     first, act, second = module
-    return isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and FusedSequential.epilogue(act) is not None
+    return isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and layers.epilogue(act) is not None
 
 
 def decline_head_dim(width: int) -> str | None:

@@ -25,20 +25,16 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .. import kernels
-from ..watch import Watch, occupation, refusal
+from ..watch import Watch, why_busy, why_unwatched
 from .cuda import Cuda
-from .graph import Graph, bucket, memory_format
+from .graph import Graph, memory_format
 
 # what the graphs of one model may keep of the device's memory, in MiB
 DEFAULT_MIB = 2048
 # graphs, and sizes seen once, that are remembered
 MAX_ENTRIES = 64
-# a model that changes before its graphs paid off, or fails to be captured, so many times in a row is left alone
-MAX_FRUITLESS = 8
+# a model that fails to be captured so many times in a row is left alone
 MAX_FAILURES = 4
-# replays that pay for a capture and its warm-up
-WORTHWHILE = 8
 
 # one capture at a time in a process; a model in a model is captured as a part of the outer one
 _capturing = threading.Lock()
@@ -74,10 +70,9 @@ class Graphs:
         self._entries: OrderedDict[tuple[Any, ...], Graph | str | None] = OrderedDict()
         self._watch: Watch | None = None
         self._pool: Any = None
-        self._last: tuple[Any, ...] | None = None
         self._used: tuple[Any, Any] | None = None  # the stream that ran a graph last, and an event behind that
-        self._occupied = False
-        self._replays = self._fruitless = self._failures = 0
+        self._busy = False
+        self._failures = 0
         self._off: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,12 +135,12 @@ class Graphs:
             self._drop()
             watch = None
         # what held the last call back; otherwise it is looked for behind the launch
-        if watch is not None and self._occupied:
-            if watch.changed():
+        if watch is not None and self._busy:
+            if not watch.same_modules():
                 self._drop()
-            elif watch.occupied():
+            elif watch.busy():
                 return None
-            self._occupied = False
+            self._busy = False
         stream = self._backend.stream(x.device)
         if self._used is not None and self._used[0] != stream:
             stream.wait_event(self._used[1])
@@ -156,16 +151,13 @@ class Graphs:
         watch = self._watch
         assert watch is not None
         # the device works meanwhile
-        if watch.changed():
+        if not watch.same_modules() or watch.written():
+            # what the graph reads may be derived from weights as they were
             self._drop()
             return None
-        if watch.occupied():
-            self._occupied = True
+        if watch.busy():
+            self._busy = True
             return None
-        if watch.written():
-            kernels.rederive()
-            outputs = self._launch(graph, x, stream)
-        self._replays += 1
         return (outputs,)
 
     def _launch(self, graph: Graph, x: Tensor, stream: Any) -> Any:
@@ -177,45 +169,29 @@ class Graphs:
             self._used = (stream, event)
 
     def _find(self, x: Tensor) -> Graph | None:
-        """The graph for a batch: one of its size, else one of its bucket's; captured where such a batch came before."""
-        entries, kind, batch = self._entries, self._kind(x), x.shape[0]
-        exact = (batch, *kind)
-        graph = entries.get(exact)
-        if isinstance(graph, Graph):
-            self._last = exact
-            entries.move_to_end(exact)
-            return graph
-        # a size twice in a row is worth a graph of its own; sizes that come and go share their bucket's
-        repeated, self._last = exact == self._last, exact
-        padded = (bucket(batch), *kind)
-        if repeated and graph is None:
-            return self._capture(exact, x)
-        if padded not in entries:
-            entries[padded] = None
+        """The graph for a batch; captured where one of its size came before."""
+        key = (x.shape[0], *self._kind(x))
+        if key not in self._entries:
+            self._entries[key] = None
             self._trim()
             return None
-        entry = entries[padded]
+        self._entries.move_to_end(key)
+        entry = self._entries[key]
         if entry is None:
-            entry = self._capture(padded, x)
-        if isinstance(entry, Graph) and entry.pads(x):
-            entries.move_to_end(padded)
-            return entry
-        return None
+            return self._capture(key, x)
+        return entry if isinstance(entry, Graph) else None
 
     def _capture(self, key: tuple[Any, ...], x: Tensor) -> Graph | None:
         model = self._model()
         assert model is not None
-        if self._watch is not None and self._watch.changed():
-            self._drop()
-        self._off = self._off or refusal(model)
+        self._off = self._off or why_unwatched(model)
         if self._off:
             return None
-        self._watch = self._watch or Watch(model)
-        self._occupied = self._watch.occupied()
-        if self._occupied:
+        self._watch = self._watch or self._look_at(model)
+        self._busy = self._watch.busy()
+        if self._busy:
             return None
-        sample = x.new_zeros(key[0], *x.shape[1:]).contiguous(memory_format=memory_format(x))
-        sample[: x.shape[0]].copy_(x)
+        sample = torch.empty_like(x, memory_format=memory_format(x)).copy_(x)
         reason = self._warm_up(sample)
         while not reason:
             alone = self._pool is None
@@ -223,7 +199,7 @@ class Graphs:
             try:
                 captured = self._exclusively(self._backend.capture, self._plain, sample, self._pool)
                 # the forward itself may write attributes
-                self._watch = Watch(model)
+                self._watch = self._look_at(model)
                 graph = Graph(captured, self._watch)
             except Exception as error:  # whatever a model raises when it cannot be captured
                 reason = _reason(error)
@@ -251,11 +227,14 @@ class Graphs:
     def _warm_up(self, sample: Tensor) -> str:
         """Why the model does not run, or an empty string."""
         try:
-            kernels.rederive()
             self._exclusively(self._backend.warm_up, self._plain, sample)
-        except Exception as error:  # whatever a model raises, a batch that is padded may be too large
+        except Exception as error:  # whatever a model raises
             return _reason(error)
         return ""
+
+    @staticmethod
+    def _look_at(model: nn.Module) -> Watch:
+        return Watch(model, tensors=True, attributes=True)
 
     @staticmethod
     def _exclusively(call: Callable[..., Any], *args: Any) -> Any:
@@ -283,25 +262,17 @@ class Graphs:
             self._used[1].synchronize()
 
     def _drop(self) -> None:
-        """Forget every graph, and what was found out for the model as it was."""
-        if any(isinstance(entry, Graph) for entry in self._entries.values()):
-            self._fruitless = self._fruitless + 1 if self._replays < WORTHWHILE else 0
-            if self._fruitless == MAX_FRUITLESS:
-                self._off = f"the model changed {MAX_FRUITLESS} times before a graph was replayed {WORTHWHILE} times"
-        self._replays = 0
-        self._forget()
-
-    def _forget(self) -> None:
+        """Forget every graph, and what was found out for the model as it was; reasons for having none stay."""
         self._synchronize()
         reasons = {key: entry for key, entry in self._entries.items() if isinstance(entry, str)}
         self._entries.clear()
         self._entries.update(reasons)
-        self._watch = self._pool = self._used = self._last = None
+        self._watch = self._pool = self._used = None
 
     def release(self) -> None:
         """Free every graph; calls to come capture anew."""
         with self._lock:
-            self._forget()
+            self._drop()
             self._entries.clear()
 
     def notes(self) -> list[str]:
@@ -319,7 +290,7 @@ class Graphs:
             if self._off:
                 notes.append(f"off: {self._off}")
         model = self._model()
-        if model is not None and (busy := occupation(model)) is not None:
+        if model is not None and (busy := why_busy(model)) is not None:
             notes.append(f"the plain path runs: {busy}")
         return notes
 

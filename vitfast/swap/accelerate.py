@@ -9,11 +9,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .. import attention_backends
 from ..adapters import Match
 from ..graphs.runner import Graphs, attach, detach, memory_bound
-from ..kernels import release
-from ..layers import KINDS, FusedBlock, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, face
+from ..layers import KINDS, FusedBlock, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, backends, view_as
 from ..watch import STATE
 from .cast import cast, uncast
 from .choose import Choice, select
@@ -37,6 +35,7 @@ class _State:
     choice: Choice | None = None
     graphs: Graphs | None = None
     attention: str = "auto"
+    frozen: bool = False
 
 
 def accelerate(
@@ -47,6 +46,7 @@ def accelerate(
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     attention: str | None = None,
     example: Tensor | None = None,
+    frozen: bool = False,
     compile: bool = False,
     cuda_graph: bool | int = False,
     strict: bool = False,
@@ -64,8 +64,9 @@ def accelerate(
             every dtype as it is.
         only: kinds of replacement to switch on; default all. A further call adds to what is switched on.
             `"patch_embed"`, `"layer_norm"`, `"attention"`, `"mlp"` and `"block"` are modules; `"fold"` folds each
-            block's LayerNorms into the linear layers behind them, in inference on a GPU; `"tail"` has the last block
-            compute the class token alone, where nothing else is read. Both work on blocks that are replaced as a whole.
+            block's LayerNorms into the linear layers behind them, of frozen weights in 16 bits on a GPU; `"tail"` has
+            the last block compute the class token alone, where nothing else is read. Both work on blocks that are
+            replaced as a whole.
         normalize: mean and standard deviation per channel, for pixels between 0 and 1 (`vitfast.image_spec` knows a
             model's). The model then takes uint8 pixels `[B, C, H, W]` too, 0 to 255, and the patch-embed kernel
             normalises them. NCHW and channels_last are read in place, so an NHWC batch goes in as
@@ -78,10 +79,14 @@ def accelerate(
             inference and without a compiler, in about 10 seconds: kinds without which the model is faster are left
             out, a GEMM or attention that torch does faster goes to torch, and nothing is replaced if the plain model
             is faster. `report(model)` shows the figures. They are remembered in `$VITFAST_CONFIG_DIR/choices`, else in
-            the user's cache, by device, versions, model and shapes.
+            the user's cache, by device, versions, model and shapes. It implies `frozen`.
+        frozen: promises that weights stay as they are. Then, and only then, things are derived from them and kept, for
+            inference on a GPU: folded norms, one weight for q, k and v, tables of positions by columns. What changes
+            weights where torch can see it (training, `load_state_dict`, `.to()`, an optimiser's step, another module)
+            derives them anew at the next call; of writes through `.data` tell it by `vitfast.refresh(model)`.
         compile: also compile the model's forward (`model.compile()`), so the state dict has no `_orig_mod.` prefix.
         cuda_graph: also run `model(pixels)` in inference as a CUDA graph, captured when a batch size comes again. A
-            number bounds the memory that the graphs keep, in MiB; True stands for 2048. Weights may change; hooks,
+            number bounds the memory that the graphs keep, in MiB; True stands for 2048. It implies `frozen`; hooks,
             gradients, train mode and other arguments take the plain path. A further call captures anew.
         strict: raise if a module of a selected kind cannot be replaced, and replace nothing.
 
@@ -103,7 +108,7 @@ def accelerate(
     policy = None if precision is None else get_precision(precision)
     state: _State = vars(model).get(STATE) or _State()
     backend = state.attention if attention is None else attention
-    attention_backends.require(backend)
+    backends.require(backend)
     if policy and state.precision and policy != state.precision:
         raise ValueError(
             f"the model was accelerated in {state.precision.name}; restore it before going to {policy.name}"
@@ -133,10 +138,9 @@ def accelerate(
             module.__class__ = m.fused
     for module in model.modules():
         if isinstance(module, FusedModel):
-            module.fold = module.fold or "fold" in selected
             module.tail = module.tail or "tail" in selected
-        elif isinstance(module, FusedBlock) and module.folds_itself:
-            module.fold = module.fold or "fold" in selected
+        elif isinstance(module, FusedBlock):
+            module.fold = module.fold or ("fold" in selected and module.can_fold)
         if isinstance(module, FusedStemModel):
             module.stem = module.stem or "patch_embed" in selected
     for embed in embeds:
@@ -153,9 +157,11 @@ def accelerate(
             if isinstance(module, FusedLayer):
                 module.tf32 = state.precision.tf32
     state.attention = backend
+    state.frozen = state.frozen or frozen or example is not None or bool(max_mib)
     for module in model.modules():
         if isinstance(module, FusedLayer):
-            module.attention_backend = backend
+            module.attention_backend, module.frozen = backend, state.frozen
+            module.forget()
     if state.graphs:
         max_mib = max_mib or state.graphs.max_mib
         detach(model, state.graphs)
@@ -193,10 +199,9 @@ def restore(model: Model) -> Model:
         # a class made around the fused one (FSDP's, a parametrisation's) is its maker's to undo
         replaces = vars(type(module)).get("replaces")
         if isinstance(module, FusedLayer) and replaces is not None:
-            for name in ("tf32", "attention_backend", "fold", "tail", "stem"):
+            module.forget()
+            for name in ("tf32", "attention_backend", "frozen", "fold", "tail", "stem"):
                 module.__dict__.pop(name, None)
-            for parameter in module.parameters():
-                release(parameter)
             if isinstance(module, FusedPatchEmbed):
                 module.set_normalize(None)
             module.__class__ = replaces
@@ -205,6 +210,31 @@ def restore(model: Model) -> Model:
             uncast(model, state.precision.dtype, state.originals)
         if state.compiled:
             model._compiled_call_impl = None
+    return model
+
+
+def refresh(model: Model) -> Model:
+    """Derive anew what `accelerate(frozen=True)` keeps, after weights were written where torch does not see it.
+
+    That is what goes through `.data`: some averages of weights, some optimisers, merged adapters.
+    Without `frozen` there is nothing to do. CUDA graphs are captured anew.
+
+    Args:
+        model: the model that `accelerate` was given.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+    """
+    check_model(model)
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
+            module.forget()
+    state: _State | None = model.__dict__.get(STATE)
+    if state is not None and state.graphs:
+        state.graphs.release()
     return model
 
 
@@ -228,7 +258,7 @@ def _uint8_embeds(
     ]
     stems += [(name, module, m.fused) for name, module, m in found if m.fused and issubclass(m.fused, FusedPatchEmbed)]
     convolved = [
-        f"{name or '(model)'}: {why}" for name, stem, fused in stems for why in face(fused, stem).why_convolved()
+        f"{name or '(model)'}: {why}" for name, stem, fused in stems for why in view_as(fused, stem).why_convolved()
     ]
     if convolved or not stems:
         declined = [f"{name or '(model)'}: {m.reason}" for name, _, m in found if m.kind == "patch_embed" and m.reason]
@@ -242,7 +272,7 @@ def _uint8_embeds(
     if len(normalize) != 2:
         raise ValueError(f"normalize={normalize!r}; expected (mean, std)")
     for what, values in zip(("mean", "std"), normalize, strict=True):
-        channels = face(stems[0][2], stems[0][1]).conv.in_channels
+        channels = view_as(stems[0][2], stems[0][1]).conv.in_channels
         if len(values) != channels or not all(math.isfinite(value) for value in values):
             raise ValueError(f"normalize: {what} is {tuple(values)}; expected {channels} numbers, one per channel")
     if min(normalize[1]) <= 0.0:

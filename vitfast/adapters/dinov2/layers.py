@@ -14,14 +14,14 @@ from ..known import Rebuilt
 class DinoPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
     """`PatchEmbed`."""
 
-    def fusable(self, pixels: Tensor) -> bool:
+    def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the original would."""
         rows, cols = self.patch_size
-        return super().fusable(pixels) and pixels.shape[2] % rows == 0 and pixels.shape[3] % cols == 0
+        return super().embeds(pixels) and pixels.shape[2] % rows == 0 and pixels.shape[3] % cols == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`, or `[B, rows, cols, D]` where the grid is kept."""
-        if not self.fusable(x):
+        if not self.embeds(x):
             return super().forward(x)
         tokens = self.norm(self.tokens(x))
         if self.flatten_embedding:
@@ -37,9 +37,8 @@ class DinoAttention(layers.FusedAttention, Rebuilt):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; biased and causal attention is the original's."""
         asked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        if asked or layers.symbolic(x) or not self.fusable():
-            return super().forward(x, *args, **kwargs)
-        return self.fused(x)
+        plan = None if asked else self.plan_for(x)
+        return super().forward(x, *args, **kwargs) if plan is None else self.fused(x, plan)
 
 
 class DinoFixedAttention(DinoAttention):
@@ -50,15 +49,9 @@ class DinoFixedAttention(DinoAttention):
         """Of the scores."""
         return (self.qkv.out_features // (3 * self.num_heads)) ** -0.5
 
-    def fusable(self) -> bool:
-        """Whether the attention kernel computes what the original would: it has no dropout."""
-        return not (self.training and getattr(self.attn_drop, "p", self.attn_drop))
-
-    def limits(self) -> list[str]:
-        limits = self.limits_in() + layers._why_called("proj", self.proj, nn.Linear)
-        if rate := getattr(self.attn_drop, "p", self.attn_drop):
-            limits.append(f"attention dropout {rate:g}: the original forward runs in training")
-        return limits
+    def why_dropout(self, notes: list[str]) -> str:
+        """Why dropout has the original run."""
+        return self.why_rate("attention dropout", getattr(self.attn_drop, "p", self.attn_drop), notes)
 
 
 class DinoMlp(layers.FusedMlp, Rebuilt):
@@ -71,30 +64,25 @@ class DinoBlock(layers.FusedBlock, Rebuilt):
     """`Block` and `NestedTensorBlock`."""
 
     sample_drop_ratio: float
-    gamma_name = "gamma"
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if original := vars(cls).get("replaces"):
-            from .table import _layer_scale_beside
+    def drop_paths(self) -> tuple[Any, Any]:
+        """Nothing is called to drop in evaluation, and nothing without a rate."""
+        return layers.IDENTITY, layers.IDENTITY
 
-            cls.layer_scale_class = _layer_scale_beside(original)
-
-    def _undropped(self, module: nn.Module) -> bool:
-        # nothing is called to drop in evaluation, and nothing without a rate
-        return not (self.training and self.sample_drop_ratio)
+    def make_plan(self, derive: bool = False) -> layers.BlockPlan:
+        """In training the original drops samples."""
+        if self.training and self.sample_drop_ratio:
+            return layers.BlockPlan(f"drop_path {self.sample_drop_ratio:.3g}, in training", ())
+        plan = super().make_plan(derive)
+        if not self.sample_drop_ratio:
+            return plan
+        note = f"drop_path {self.sample_drop_ratio:.3g}: the original forward runs in training"
+        return plan._replace(notes=(*plan.notes, note))
 
     def forward(self, x: Any) -> Any:
         """`[B, N, D]` to `[B, N, D]`; dropped branches and nested tensors are the original's."""
-        if not isinstance(x, Tensor) or layers.symbolic(x) or (self.training and self.sample_drop_ratio):
-            return super().forward(x)
-        return self.fused(x)
-
-    def limits(self) -> list[str]:
-        limits = [limit for limit in super().limits() if not limit.startswith("drop_path")]
-        if self.sample_drop_ratio:
-            limits.append(f"drop_path {self.sample_drop_ratio:.3g}: the original forward runs in training")
-        return limits
+        plan = self.plan_for(x)
+        return super().forward(x) if plan is None else self.fused(x, plan)
 
 
 class DinoVisionTransformer(layers.FusedModel, Rebuilt):
@@ -111,10 +99,10 @@ class DinoVisionTransformer(layers.FusedModel, Rebuilt):
         return 1
 
     def straight(self) -> bool:
-        """Whether `through` runs the blocks one after another and nothing else."""
-        return layers.plain(self.blocks, nn.ModuleList) and not self.chunked_blocks
+        """Whether `run_blocks` runs the blocks one after another and nothing else."""
+        return layers.is_plain(self.blocks, nn.ModuleList) and not self.chunked_blocks
 
-    def through(self, x: Tensor) -> Tensor:
+    def run_blocks(self, x: Tensor) -> Tensor:
         """All blocks as the original runs them: `[B, N, D]` to `[B, N, D]`."""
         for block in self.blocks:
             x = block(x)
@@ -123,18 +111,18 @@ class DinoVisionTransformer(layers.FusedModel, Rebuilt):
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """Pixels to the head's output, or with `is_training` to the dictionary of `forward_features`."""
         pixels = args[0] if args else kwargs.get("x")
-        kept = None
-        if isinstance(pixels, Tensor) and not is_training and not layers.symbolic(pixels):
-            kept = None if layers.overridden(self) else self.kept()
-        if kept is None:
+        prefix = None
+        if layers.takes(pixels) and not is_training and not layers.overridden(self):
+            prefix = self.prefix_length()
+        if prefix is None:
             return super().forward(*args, is_training=is_training, **kwargs)
         # without a name, which would keep the first tokens' memory through all blocks
-        return self.head(self.norm(self.encode(self.prepare_tokens_with_masks(*args, **kwargs), kept))[:, 0])
+        return self.head(self.norm(self.encode(self.prepare_tokens_with_masks(*args, **kwargs), prefix))[:, 0])
 
     def forward_features(self, x: Any, masks: Tensor | None = None) -> Any:
         """Pixels to a dictionary of the normalised tokens by kind, and the tokens before the norm."""
         # without folding the original's loop is the same
-        if not isinstance(x, Tensor) or layers.symbolic(x) or not self.fold or layers.overridden(self):
+        if not layers.takes(x) or not layers.deriving(x) or layers.overridden(self):
             return super().forward_features(x, masks)
         tokens = self.encode(self.prepare_tokens_with_masks(x, masks))
         normed = self.norm(tokens)
@@ -152,12 +140,12 @@ class DinoVisionTransformer(layers.FusedModel, Rebuilt):
         stem = self.patch_embed
         if (
             masks is not None
-            or layers.symbolic(x)
+            or not layers.takes(x)
             or not isinstance(stem, DinoPatchEmbed)
             or layers.hooked(stem)
-            or not layers.plain(stem.norm, nn.Identity)
+            or not layers.is_plain(stem.norm, nn.Identity)
             or not stem.flatten_embedding
-            or not stem.fusable(x)
+            or not stem.embeds(x)
         ):
             return super().prepare_tokens_with_masks(x, masks)
         height, width = x.shape[2:]

@@ -221,7 +221,7 @@ def _decline_attention(module: Any) -> str | None:
 
 
 def _decline_mlp(module: Any) -> str | None:
-    if DinoMlp.epilogue(module.act) is None:
+    if layers.epilogue(module.act) is None:
         return f"activation {type(module.act).__name__} is in no epilogue"
     return None
 

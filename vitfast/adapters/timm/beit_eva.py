@@ -4,30 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm.layers
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
-from ... import attention_backends, kernels, layers
+from ... import layers
+from ...layers import backends
 from ..known import Rebuilt
-from .parts import _PartBias
+from .parts import FusedTimmPartBias
 
 
-class FusedTimmBeitAttention(_PartBias):
+class FusedTimmBeitAttention(FusedTimmPartBias):
     """`timm.models.beit.Attention`: the relative position bias is read from its table inside the kernel."""
 
     q_norm = k_norm = layers.IDENTITY
 
-    def core(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+    def derive(self, plan: layers.AttentionPlan) -> dict[str, Any]:
+        """The biases as one, and the table by columns."""
+        table = self.relative_position_bias_table
+        columns = {} if table is None else {"table": layers.by_columns(table)}
+        return {**super().derive(plan), **columns}
+
+    def attend(  # type: ignore[override]
+        self, qkv: Tensor, plan: layers.AttentionPlan, bias: Tensor | None = None
+    ) -> Tensor:
         """`[B, N, 3 * H * d]` to `[B, N, H * d]`, with a bias `[H, N, N]` that blocks share."""
         table = self.relative_position_bias_table
         if table is None and bias is None:
-            return super().core(qkv)
+            return super().attend(qkv, plan)
         q, k, v = self.heads(qkv)
-        if bias is not None or self.attention_backend not in attention_backends.OURS:
-            return self.mixed(q, k, v, self._summed(bias))
-        return self.relative(q, k, v, table, tuple(self.window_size))
+        if bias is not None or self.attention_backend not in backends.OURS:
+            return self.softmax_attention(q, k, v, self._summed(bias))
+        table = plan.table if layers.kept(plan.table, qkv) else layers.by_columns(table)
+        return self.relative_attention(q, k, v, table, tuple(self.window_size))
 
     def _summed(self, bias: Tensor | None) -> Tensor | None:
         # of the block and of all blocks, N x N in memory
@@ -42,9 +51,10 @@ class FusedTimmBeitAttention(_PartBias):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
-        if layers.symbolic(x) or not self.fusable():
+        plan = self.plan_for(x)
+        if plan is None:
             return super().forward(x, shared_rel_pos_bias)
-        return self.fused(x, bias=shared_rel_pos_bias)
+        return self.fused(x, plan, bias=shared_rel_pos_bias)
 
 
 class _ScaledBlock(layers.FusedBlock, Rebuilt):
@@ -52,14 +62,12 @@ class _ScaledBlock(layers.FusedBlock, Rebuilt):
 
     ls1 = layers.alias("gamma_1")
     ls2 = layers.alias("gamma_2")
-    drop_path_class = timm.layers.DropPath
-    folds_itself = True
 
 
 class FusedTimmBeitBlock(_ScaledBlock):
     """`timm.models.beit.Block`."""
 
-    def given(self, bias: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def attention_inputs(self, bias: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
         """The bias that blocks share."""
         return {"bias": bias}
 
@@ -69,12 +77,13 @@ class FusedTimmBeitBlock(_ScaledBlock):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
-        if layers.symbolic(x):
+        plan = self.plan_for(x)
+        if plan is None:
             return super().forward(x, shared_rel_pos_bias)
-        return self.fused(x, bias=shared_rel_pos_bias)
+        return self.fused(x, plan, bias=shared_rel_pos_bias)
 
 
-class FusedTimmEvaAttention(_PartBias, layers.FusedSplitAttention):
+class FusedTimmEvaAttention(FusedTimmPartBias, layers.FusedSplitAttention):
     """Tokens behind the prefix are rotated by their position, by timm's own function.
 
     q, k and v come from one layer or from three.
@@ -84,35 +93,30 @@ class FusedTimmEvaAttention(_PartBias, layers.FusedSplitAttention):
     norm: Any
 
     def _form(self) -> Any:
-        return layers.FusedSplitAttention if self.qkv is None else _PartBias
+        return layers.FusedSplitAttention if self.qkv is None else FusedTimmPartBias
 
-    def attended(self, x: Tensor, rope: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
-        if self.qkv is not None:
-            return self.core(self.packed(x), rope)
-        if layers.packable(x, self.q_proj, self.k_proj, self.v_proj):
-            return self.core(kernels.linear(x, *self.weights_in(), tf32=self.tf32), rope)
-        return self.turned(*self._projected(x), rope)
+    def plan_in(self, notes: list[str]) -> bool:
+        """As the form of the projection has it."""
+        return self._form().plan_in(self, notes)
 
-    def plain_in(self) -> bool:
-        """Whether the projection to q, k and v can be computed without calling a module."""
-        return self._form().plain_in(self)
+    def derive(self, plan: layers.AttentionPlan) -> dict[str, Any]:
+        """As the form of the projection has it."""
+        return self._form().derive(self, plan)
 
     def weights_in(self) -> tuple[Tensor, Tensor | None]:
         """As the form of the projection has it."""
         return self._form().weights_in(self)
 
-    def limits_in(self) -> list[str]:
-        """`limits` of the projection to q, k and v."""
-        return self._form().limits_in(self)
+    def project_in(self, x: Tensor, plan: layers.AttentionPlan) -> Any:
+        """Normed tokens `[B, N, D]` to q, k and v, packed or three."""
+        return self._form().project_in(self, x, plan)
 
-    def core(self, qkv: Tensor, rope: Tensor | None = None) -> Tensor:
-        """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
-        return super().core(qkv) if rope is None else self.turned(*self.heads(qkv), rope)
-
-    def turned(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> Tensor:
-        """`mixed` of rotated q and k: `[B, H, N, d]` thrice to `[B, N, H * d]`."""
-        return self.mixed(self._rotated(q, rope, v), self._rotated(k, rope, v), v)
+    def attend(self, qkv: Any, plan: layers.AttentionPlan, rope: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """q, k and v to merged heads `[B, N, H * d]`, q and k rotated by their positions."""
+        if rope is None and not isinstance(qkv, tuple):
+            return super().attend(qkv, plan)
+        q, k, v = qkv if isinstance(qkv, tuple) else self.heads(qkv)
+        return self.softmax_attention(self._rotated(q, rope, v), self._rotated(k, rope, v), v)
 
     def _rotated(self, x: Tensor, rope: Tensor | None, like: Tensor) -> Tensor:
         if rope is None:
@@ -134,9 +138,10 @@ class FusedTimmEvaAttention(_PartBias, layers.FusedSplitAttention):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal or layers.symbolic(x) or not self.fusable():
+        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
+        if plan is None:
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
-        return self.fused(x, rope=rope)
+        return self.fused(x, plan, rope=rope)
 
 
 class FusedTimmAttentionRope(FusedTimmEvaAttention):
@@ -148,7 +153,7 @@ class FusedTimmAttentionRope(FusedTimmEvaAttention):
 class FusedTimmEvaBlock(_ScaledBlock):
     """`timm.models.eva.EvaBlock`."""
 
-    def given(self, rope: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def attention_inputs(self, rope: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
         """The rotation."""
         return {"rope": rope}
 
@@ -160,6 +165,7 @@ class FusedTimmEvaBlock(_ScaledBlock):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal or layers.symbolic(x):
+        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
+        if plan is None:
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        return self.fused(x, rope=rope)
+        return self.fused(x, plan, rope=rope)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-import timm.layers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import kernels, layers
 from ..known import Rebuilt
@@ -19,9 +18,9 @@ class FusedTimmLayerNorm(layers.FusedLayerNorm, Rebuilt):
 class FusedTimmPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
     """`timm.layers.PatchEmbed` without image padding."""
 
-    def fusable(self, pixels: Tensor) -> bool:
+    def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what timm would; what timm refuses, timm shall refuse in its own words."""
-        if not super().fusable(pixels):
+        if not super().embeds(pixels):
             return False
         height, width = pixels.shape[2:]
         if self.img_size is not None and self.strict_img_size and (height, width) != tuple(self.img_size):
@@ -30,7 +29,7 @@ class FusedTimmPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`, or `[B, rows, cols, D]` where timm keeps the grid."""
-        if not self.fusable(x):
+        if not self.embeds(x):
             return super().forward(x)
         tokens = self.tokens(x)
         if not self.flatten:
@@ -41,18 +40,12 @@ class FusedTimmPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
 class FusedTimmMlp(layers.FusedMlp, Rebuilt):
     """`timm.layers.Mlp` of linear layers."""
 
-    activations: ClassVar = {
-        timm.layers.activations.GELU: "gelu",
-        timm.layers.activations.GELUTanh: "gelu_tanh",
-        timm.layers.activations.QuickGELU: "quick_gelu",
-    }
-
     def between(self, hidden: Tensor) -> Tensor:
         """timm's optional norm between the two layers."""
         return self.norm(hidden)
 
 
-class _PartBias(layers.FusedAttention, Rebuilt):
+class FusedTimmPartBias(layers.FusedAttention, Rebuilt):
     """q and v have biases beside a qkv layer without: all are one layer."""
 
     q_bias: Any
@@ -60,50 +53,45 @@ class _PartBias(layers.FusedAttention, Rebuilt):
     v_bias: Any
     qkv_bias_separate: bool
 
-    def _apart(self) -> bool:
+    def _calls_layer(self) -> bool:
         # the layer is called as a module, and what it hands out is rounded before a bias is added
         return self.q_bias is None or self.qkv_bias_separate
 
-    def packed(self, x: Tensor) -> Tensor:
-        """Normed `[..., D]` to q, k and v `[..., 3 * H * d]`."""
-        if not self._apart():
-            return kernels.linear(x, self.qkv.weight, self._bias(), tf32=self.tf32)
-        qkv = layers._linear(self.qkv, x, None, None, self.tf32)
-        if self.q_bias is not None:
-            qkv += self._bias()
-        return qkv
+    def plan_in(self, notes: list[str]) -> bool:
+        """Whether the projection to q, k and v is computed without calling a module."""
+        if self._calls_layer():
+            return layers.linear("qkv", self.qkv, notes) and self.q_bias is None
+        if held := layers.foreign(self.qkv):
+            notes.append(f"qkv holds a {held}: called as a module")
+        return not held
 
-    def attended(self, x: Tensor, **given: Any) -> Tensor:
-        """Normed tokens `[B, N, D]` to merged heads `[B, N, H * d]`."""
-        return self.core(self.packed(x), **given)
-
-    def plain_in(self) -> bool:
-        """Whether the projection to q, k and v can be computed without calling a module."""
-        return layers.plain_linear(self.qkv) and (self.q_bias is None or not self._apart())
+    def derive(self, plan: layers.AttentionPlan) -> dict[str, Any]:
+        """The three biases as one."""
+        return {"packed": self.weights_in()} if plan.plain_in and self.q_bias is not None else {}
 
     def weights_in(self) -> tuple[Tensor, Tensor | None]:
         """The layer's weight, and the bias, which may be three."""
         return self.qkv.weight, self.qkv.bias if self.q_bias is None else self._bias()
 
     def _bias(self) -> Tensor:
-        biases = (self.q_bias, self.k_bias, self.v_bias)
-        if not layers.derivable(self.q_bias) or any(bias.is_inference() for bias in biases):
-            return torch.cat(biases)
-        return kernels.derived("packed", _pack, *biases)[0]
+        return torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
-    def whole(self) -> bool:
+    def project_in(self, x: Tensor, plan: layers.AttentionPlan) -> Tensor:
+        """Normed `[..., D]` to q, k and v `[..., 3 * H * d]`."""
+        if plan.plain_in and self.q_bias is not None:
+            weight, bias = plan.packed if layers.kept(plan.packed, x) else self.weights_in()
+            return kernels.linear(x, weight, bias, tf32=self.tf32)
+        qkv = layers.compute_linear(layers.is_linear(self.qkv), self.qkv, x, None, None, self.tf32)
+        if self.q_bias is not None:
+            qkv += self._bias()
+        return qkv
+
+    def position_free(self) -> bool:
         """Never: what is added to the scores depends on where a token stands."""
         return False
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `FusedAttention.query_key`."""
-        q, k, _ = self.heads(self.packed(x))
+        qkv = self.qkv(x)
+        q, k, _ = self.heads(qkv if self.q_bias is None else qkv + self._bias())
         return q, k, None
-
-    def limits_in(self) -> list[str]:
-        """`limits` of the projection to q, k and v."""
-        return layers._why_called("qkv", self.qkv, nn.Linear) if self._apart() else []
-
-
-def _pack(*biases: Tensor) -> tuple[Tensor]:
-    return (torch.cat(biases),)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm.layers
-from torch import Tensor, nn
+from torch import Tensor
 
-from ... import attention_backends, kernels, layers
+from ... import kernels, layers
 from ..known import Rebuilt
-from .parts import _PartBias
+from .parts import FusedTimmPartBias
 
 
 class FusedTimmWindowAttention(layers.FusedAttention, Rebuilt):
@@ -19,20 +18,22 @@ class FusedTimmWindowAttention(layers.FusedAttention, Rebuilt):
     window_size: tuple[int, int]
     softmax: Any
 
-    def fusable(self) -> bool:
-        """Whether the kernel computes what the original would."""
-        # hooks shall see windows, and dropout of their tokens draws in another order than that of the map's
-        called = (self.qkv, self.softmax, self.proj)
-        return (
-            super().fusable()
-            and layers._inactive(self.proj_drop)
-            and not any(map(layers.hooked, called))
-            and self.attention_backend in attention_backends.OURS
-        )
+    def why_dropout(self, notes: list[str]) -> str:
+        """Why the original runs: who looks at windows shall see windows, and dropout of their tokens draws in order."""
+        names = ("qkv", "attn_drop", "softmax", "proj", "proj_drop")
+        hooked = [f"{name} has hooks" for name in names if layers.hooked(getattr(self, name))]
+        reasons = [
+            *hooked,
+            self.why_rate("attention dropout", layers.rate_of(self.attn_drop), notes),
+            self.why_rate("dropout of windows", layers.rate_of(self.proj_drop), notes),
+            *(f"{name} is at work" for name in ("attn_drop", "proj_drop") if not layers.inactive(getattr(self, name))),
+            layers.why_uncut(self.attention_backend),
+        ]
+        return next(filter(None, reasons), "")
 
-    def packed(self, x: Tensor) -> Tensor:
-        """Normed `[..., D]` to q, k and v `[..., 3 * H * d]`."""
-        return layers._linear(self.qkv, x, None, None, self.tf32)
+    def derive(self, plan: layers.AttentionPlan) -> dict[str, Any]:
+        """The table of positions, by columns."""
+        return {"table": self.table()}
 
     def table(self) -> Tensor:
         """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
@@ -42,10 +43,14 @@ class FusedTimmWindowAttention(layers.FusedAttention, Rebuilt):
         """Of the scores: a number, or one per head for cosine attention."""
         return self.scale
 
-    def attended(self, x: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:  # type: ignore[override]
-        """Normed map `[B, H, W, D]` to the heads' `[B, H, W, H * d]`."""
+    def attend(  # type: ignore[override]
+        self, qkv: Tensor, plan: layers.AttentionPlan, shift: tuple[int, int] = (0, 0)
+    ) -> Tensor:
+        """Packed map `[B, H, W, 3 * H * d]` to the heads' `[B, H, W, H * d]`."""
+        table = plan.table if layers.kept(plan.table, qkv) else self.table()
+        scales = plan.scales if layers.kept(plan.scales, qkv) else self.scales()
         return kernels.window_attention(
-            self.packed(x), self.num_heads, self.window_size, shift, self.table(), self.scales(), tf32=self.tf32
+            qkv, self.num_heads, tuple(self.window_size), shift, table, scales, tf32=self.tf32
         )
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,29 +60,23 @@ class FusedTimmWindowAttention(layers.FusedAttention, Rebuilt):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Windows `[B, N, D]` to `[B, N, D]`; masked attention is timm's own, so it is a block that shifts windows."""
         height, width = self.window_size
-        cut = mask is not None or layers.symbolic(x) or x.shape[1] != height * width
-        if cut or not layers.windows_pay(x) or not self.fusable():
+        plan = None if mask is not None else self.plan_for(x)
+        if plan is None or x.shape[1] != height * width or not layers.windows_pay(x):
             return super().forward(x, mask)  # type: ignore[misc]
-        return self.fused(x.unflatten(1, (height, width))).flatten(1, 2)
-
-    def limits(self) -> list[str]:
-        names = ("qkv", "attn_drop", "softmax", "proj", "proj_drop")
-        hooked = [name for name in names if layers.hooked(getattr(self, name))]
-        limits = [f"{name} has hooks: the original forward runs" for name in hooked]
-        if not hooked:
-            limits = self.limits_in() + layers._why_called("proj", self.proj, nn.Linear)
-        for what, drop in (("attention dropout", self.attn_drop), ("dropout of windows", self.proj_drop)):
-            if rate := getattr(drop, "p", 0.0):
-                limits.append(f"{what} {rate:g}: the original forward runs in training")
-        return limits + layers.why_uncut(self.attention_backend)
+        return self.fused(x.unflatten(1, (height, width)), plan).flatten(1, 2)
 
 
-class FusedTimmWindowAttentionV2(FusedTimmWindowAttention, _PartBias):  # type: ignore[misc]
+class FusedTimmWindowAttentionV2(FusedTimmWindowAttention, FusedTimmPartBias):  # type: ignore[misc]
     """`timm.models.swin_transformer_v2.WindowAttention`: cosine attention, its table from a small MLP."""
 
-    def packed(self, x: Tensor) -> Tensor:
-        """Normed `[..., D]` to q, k and v `[..., 3 * H * d]`."""
-        return _PartBias.packed(self, x)
+    def plan_in(self, notes: list[str]) -> bool:
+        """As with biases beside the layer."""
+        return FusedTimmPartBias.plan_in(self, notes)
+
+    def derive(self, plan: layers.AttentionPlan) -> dict[str, Any]:
+        """The biases as one, the table and the scales."""
+        biases = FusedTimmPartBias.derive(self, plan)
+        return {**biases, "table": self.table(), "scales": self.scales()}
 
     def table(self) -> Tensor:
         """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
@@ -92,7 +91,8 @@ class _SwinBlock(layers.FusedBlock, Rebuilt):
     """Windows are shifted and cut by index arithmetic in the kernel; a map that they do not divide is timm's own."""
 
     ls1 = ls2 = layers.IDENTITY
-    drop_path_class = timm.layers.DropPath
+    # the kernel reads a map, whose norm it does not fold
+    can_fold = False
     input_resolution: tuple[int, int]
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
@@ -105,8 +105,8 @@ class _SwinBlock(layers.FusedBlock, Rebuilt):
         size = tuple(x.shape[1:3])
         return (
             layers.windows_pay(x)
-            and self._takes_residual(attn)
             and isinstance(attn, FusedTimmWindowAttention)
+            and not self.watched(attn)
             and "_attn" not in vars(self)
             and tuple(attn.window_size) == tuple(self.window_size)
             and not any(side % window for side, window in zip(size, self.window_size, strict=True))
@@ -125,23 +125,24 @@ class _SwinBlock(layers.FusedBlock, Rebuilt):
 class FusedTimmSwinBlock(_SwinBlock):
     """`timm.models.swin_transformer.SwinTransformerBlock`."""
 
-    def _branch(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._cuts(x):
-            return self.attn.fused(x, residual, shift=self.shift_size)
-        return layers._residual(self._attn(x), residual, None)
-
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, D]` to `[B, H, W, D]`."""
-        if layers.symbolic(x):
+        plan = self.plan_for(x)
+        if plan is None:
             return super().forward(x)
         b, h, w, _ = x.shape
-        if self._undropped(self.drop_path1):
-            x = self._branch(self.norm1(x), x)
+        attn_plan = (plan.attn or self.attn.plan()) if self._cuts(x) else None
+        if attn_plan is not None and attn_plan.original:
+            attn_plan = None
+        if attn_plan is not None and plan.attn is not None:
+            x = self.attn.fused(self.norm1(x), attn_plan, x, shift=self.shift_size)
+        elif attn_plan is not None:
+            x = x + self.drop_path1(self.attn.fused(self.norm1(x), attn_plan, shift=self.shift_size))
         else:
-            x = x + self.drop_path1(self._branch(self.norm1(x), None))
+            x = x + self.drop_path1(self._attn(self.norm1(x)))
         x = x.reshape(b, h * w, -1)
-        if self._undropped(self.drop_path2) and self._takes_residual(self.mlp):
-            x = self.mlp.fused(self.norm2(x), x)
+        if plan.mlp is not None:
+            x = self.mlp.fused(self.norm2(x), plan.mlp, x)
         else:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x.reshape(b, h, w, -1)
@@ -151,9 +152,11 @@ class FusedTimmSwinV2Block(_SwinBlock):
     """`timm.models.swin_transformer_v2.SwinTransformerV2Block`; its norms stand between branch and residual."""
 
     def _attn(self, x: Tensor) -> Tensor:
-        if layers.symbolic(x) or not self._cuts(x):
+        plan = self.plan_for(x)
+        if plan is None or not self._cuts(x):
             return super()._attn(x)
-        return self.attn.fused(x, shift=self.shift_size)
+        attn_plan = self.attn.plan()
+        return super()._attn(x) if attn_plan.original else self.attn.fused(x, attn_plan, shift=self.shift_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, D]` to `[B, H, W, D]`."""

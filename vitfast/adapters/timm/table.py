@@ -28,6 +28,7 @@ from timm.models import (
 )
 from torch import nn
 
+from ... import layers
 from ..known import Swap, around
 from ..torch_nn import decline_head_dim, decline_layer_norm, never
 from .beit_eva import (
@@ -75,7 +76,7 @@ def _decline_merged(module: Any) -> str | None:
 def _decline_mlp(module: Any) -> str | None:
     if not isinstance(module.fc1, nn.Linear):
         return f"fc1 is a {type(module.fc1).__name__}; the kernel replaces nn.Linear"
-    if FusedTimmMlp.epilogue(module.act) is None:
+    if layers.epilogue(module.act) is None:
         return f"activation {type(module.act).__name__} is in no epilogue"
     return None
 

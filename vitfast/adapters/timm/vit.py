@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm.layers
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models._manipulate import checkpoint_seq
@@ -24,26 +23,25 @@ class FusedTimmAttention(layers.FusedAttention, Rebuilt):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal or layers.symbolic(x):
+        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
+        if plan is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self.fused(x) if self.fusable() else super().forward(x)
+        return self.fused(x, plan)
 
 
 class FusedTimmBlock(layers.FusedBlock, Rebuilt):
     """`timm.models.vision_transformer.Block`."""
 
-    layer_scale_class = timm.layers.LayerScale
-    drop_path_class = timm.layers.DropPath
-
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention with the keywords that timm's block gives it: hooks see them."""
-        return self.attn(x, attn_mask=None, is_causal=False)
+        return self.attn(x, **kwargs)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal or layers.symbolic(x):
+        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
+        if plan is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self.fused(x)
+        return self.fused(x, plan, attn_mask=None, is_causal=False)
 
 
 class FusedTimmVisionTransformer(layers.FusedModel, Rebuilt):
@@ -63,31 +61,31 @@ class FusedTimmVisionTransformer(layers.FusedModel, Rebuilt):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`."""
-        if attn_mask is not None or is_causal or layers.symbolic(x):
+        if attn_mask is not None or is_causal or not layers.takes(x):
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
         return self._features(x, None)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """`[B, C, H, W]` to logits; the last block computes what the head reads."""
-        kept = None if attn_mask is not None or is_causal or layers.symbolic(x) else self.kept()
-        if kept is None or self.grad_checkpointing:
+        prefix = None if attn_mask is not None or is_causal or not layers.takes(x) else self.prefix_length()
+        if prefix is None or self.grad_checkpointing:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
-        return self.forward_head(self._features(x, kept))
+        return self.forward_head(self._features(x, prefix))
 
-    def _features(self, x: Tensor, kept: int | None) -> Tensor:
+    def _features(self, x: Tensor, prefix: int | None) -> Tensor:
         # without a name, which would keep the first tokens' memory through all blocks
         if self.grad_checkpointing:
             return self.norm(checkpoint_seq(self.blocks, self._embed(x)))
-        return self.norm(self.encode(self._embed(x), kept))
+        return self.norm(self.encode(self._embed(x), prefix))
 
     def _embed(self, x: Tensor) -> Tensor:
         stem = self.patch_embed
         if (
             not isinstance(stem, FusedTimmPatchEmbed)
             or layers.hooked(stem)
-            or not layers.plain(stem.norm, nn.Identity)
+            or not layers.is_plain(stem.norm, nn.Identity)
             or "_pos_embed" in vars(self)
-            or not stem.fusable(x)
+            or not stem.embeds(x)
         ):
             return self.norm_pre(self.patch_drop(self._pos_embed(stem(x))))
         pos = self.pos_embed

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import StochasticDepth
 
-from ... import attention_backends, kernels, layers
+from ... import kernels, layers
 from ..known import Rebuilt
 
 
@@ -25,19 +24,31 @@ class FusedTorchvisionWindows(layers.FusedAttention, Rebuilt):
     attention_dropout: float
     dropout: float
 
-    def fusable(self) -> bool:
-        """Whether the kernel computes what torchvision would: no dropout, no backend that knows no windows."""
-        dropout = self.training and (self.attention_dropout or self.dropout)
-        return not dropout and self.attention_backend in attention_backends.OURS
+    def why_dropout(self, notes: list[str]) -> str:
+        """Why the original runs: dropout, or a backend that knows no windows."""
+        reasons = [
+            self.why_rate("attention dropout", self.attention_dropout, notes),
+            self.why_rate("dropout", self.dropout, notes),
+            layers.why_uncut(self.attention_backend),
+        ]
+        return next(filter(None, reasons), "")
+
+    def plan_in(self, notes: list[str]) -> bool:
+        """Always: weights are read."""
+        return True
+
+    def plan_out(self, notes: list[str]) -> bool:
+        """Always: weights are read."""
+        return True
+
+    def derive(self, plan: layers.AttentionPlan) -> dict[str, Any]:
+        """The table of positions, by columns."""
+        return {"table": self.table()}
 
     def cuts(self, x: Tensor) -> bool:
         """Whether the kernel cuts this map `[B, H, W, D]`: windows divide it."""
         sides = zip(x.shape[1:3], self.window_size, strict=True)
         return x.dim() == 4 and layers.windows_pay(x) and not any(side % window for side, window in sides)
-
-    def bias_in(self) -> Tensor | None:
-        """Of the projection to q, k and v."""
-        return self.qkv.bias
 
     def table(self) -> Tensor:
         """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
@@ -47,20 +58,30 @@ class FusedTorchvisionWindows(layers.FusedAttention, Rebuilt):
         """Of the scores: a number, or one per head for cosine attention."""
         return self.scale
 
-    def attended(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Normed map `[B, H, W, D]` to the heads' `[B, H, W, H * d]`."""
-        qkv = kernels.linear(x, self.qkv.weight, self.bias_in(), tf32=self.tf32)
+    def project_in(self, x: Tensor, plan: layers.AttentionPlan) -> Tensor:
+        """Normed map `[B, H, W, D]` to q, k and v `[B, H, W, 3 * H * d]`."""
+        weight, bias = plan.packed if layers.kept(plan.packed, x) else self.weights_in()
+        return kernels.linear(x, weight, bias, tf32=self.tf32)
+
+    def attend(self, qkv: Tensor, plan: layers.AttentionPlan) -> Tensor:
+        """Packed map to the heads' `[B, H, W, H * d]`."""
         window = (self.window_size[0], self.window_size[1])
         # no shift where one window is as long as the map
         down, right = (
             0 if window >= side else shift
-            for window, side, shift in zip(window, x.shape[1:3], self.shift_size, strict=True)
+            for window, side, shift in zip(window, qkv.shape[1:3], self.shift_size, strict=True)
         )
-        return kernels.window_attention(
-            qkv, self.num_heads, window, (down, right), self.table(), self.scales(), tf32=self.tf32
-        )
+        table = plan.table if layers.kept(plan.table, qkv) else self.table()
+        scales = plan.scales if layers.kept(plan.scales, qkv) else self.scales()
+        return kernels.window_attention(qkv, self.num_heads, window, (down, right), table, scales, tf32=self.tf32)
 
-    def project(self, out: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+    def project(
+        self,
+        out: Tensor,
+        plan: layers.AttentionPlan,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """`residual + scale * proj(out)`, `[B, H, W, H * d]` to `[B, H, W, D]`."""
         proj = self.proj
         return kernels.linear(out, proj.weight, proj.bias, residual=residual, scale=scale, tf32=self.tf32)
@@ -71,29 +92,26 @@ class FusedTorchvisionWindows(layers.FusedAttention, Rebuilt):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, D]` to `[B, H, W, D]`."""
-        if layers.symbolic(x) or not self.fusable() or not self.cuts(x):
+        plan = self.plan_for(x)
+        if plan is None or not self.cuts(x):
             return super().forward(x)  # type: ignore[misc]
-        return self.fused(x)
-
-    def limits(self) -> list[str]:
-        limits = []
-        for what, rate in (("attention dropout", self.attention_dropout), ("dropout", self.dropout)):
-            if rate:
-                limits.append(f"{what} {rate:g}: the original forward runs in training")
-        return limits + layers.why_uncut(self.attention_backend)
+        return self.fused(x, plan)
 
 
 class FusedTorchvisionWindowsV2(FusedTorchvisionWindows):
     """`torchvision.models.swin_transformer.ShiftedWindowAttentionV2`: cosine attention, keys without bias."""
 
-    def bias_in(self) -> Tensor | None:
-        """Of the projection to q, k and v; the keys' part counts as zero, whatever it is."""
-        bias = self.qkv.bias
+    def weights_in(self) -> tuple[Tensor, Tensor | None]:
+        """Of the projection to q, k and v; the keys' part of the bias counts as zero, whatever it is."""
+        weight, bias = super().weights_in()
         if bias is None:
-            return None
-        if layers.derivable(bias) and not bias.is_inference():
-            return kernels.derived("bias without keys", _without_keys, bias)[0]
-        return _without_keys(bias)[0]
+            return weight, None
+        q, k, v = bias.chunk(3)
+        return weight, torch.cat((q, torch.zeros_like(k), v))
+
+    def derive(self, plan: layers.AttentionPlan) -> dict[str, Any]:
+        """The bias, the table and the scales."""
+        return {"packed": self.weights_in(), "table": self.table(), "scales": self.scales()}
 
     def table(self) -> Tensor:
         """`[(2 * wh - 1) * (2 * ww - 1), H]`."""
@@ -104,22 +122,16 @@ class FusedTorchvisionWindowsV2(FusedTorchvisionWindows):
         return layers.cosine_scales(self.logit_scale)
 
 
-def _without_keys(bias: Tensor) -> tuple[Tensor]:
-    q, k, v = bias.chunk(3)
-    return (torch.cat((q, torch.zeros_like(k), v)),)
-
-
 class FusedTorchvisionSwinBlock(layers.FusedBlock, Rebuilt):
     """`torchvision.models.swin_transformer.SwinTransformerBlock`."""
 
     ls1 = ls2 = None
     drop_path1 = drop_path2 = layers.alias("stochastic_depth")
-    drop_path_class = StochasticDepth
-    rate_name = "p"
+    # the kernel reads a map, whose norm it does not fold
+    can_fold = False
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, D]` to `[B, H, W, D]`."""
         attn: Any = self.attn
-        if layers.symbolic(x) or not isinstance(attn, FusedTorchvisionWindows) or not attn.cuts(x):
-            return super().forward(x)
-        return self.fused(x)
+        plan = self.plan_for(x) if isinstance(attn, FusedTorchvisionWindows) and attn.cuts(x) else None
+        return super().forward(x) if plan is None else self.fused(x, plan)

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import swin_transformer, vision_transformer
 from torchvision.ops.misc import MLP
 
+from ... import layers
 from ..known import Swap, around
 from ..torch_nn import never
 from .swin import FusedTorchvisionSwinBlock, FusedTorchvisionWindows, FusedTorchvisionWindowsV2
@@ -28,7 +29,7 @@ def _is_mlp(module: Any) -> bool:
 def _decline_mlp(module: Any) -> str | None:
     if not _is_mlp(module):
         return "has other modules than torchvision puts there"
-    if FusedTorchvisionMlp.epilogue(module[1]) is None:
+    if layers.epilogue(module[1]) is None:
         return f"activation {type(module[1]).__name__} is in no epilogue"
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import vision_transformer
 
 from ... import layers
@@ -32,21 +32,20 @@ class FusedTorchvisionBlock(layers.FusedBlock, Rebuilt):
     ls1 = ls2 = None
     # the MLP drops for itself
     drop_path2 = layers.IDENTITY
-    drop_path_class = nn.Dropout
-    rate_name = "p"
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as torchvision's block does."""
         out = self.self_attention(x, x, x, need_weights=False)[0]
-        if layers._inactive(self.dropout):
+        if layers.inactive(self.dropout):
             return out
         # in training torch's attention lays out [N, B, D] in memory, and dropout draws in that order
         return out.transpose(0, 1).contiguous().transpose(0, 1)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
+        plan = self.plan_for(input)
         # for its error
-        return super().forward(input) if layers.symbolic(input) or input.dim() != 3 else self.fused(input)
+        return super().forward(input) if plan is None or input.dim() != 3 else self.fused(input, plan)
 
 
 class FusedTorchvisionVisionTransformer(layers.FusedStemModel, Rebuilt):
@@ -56,9 +55,9 @@ class FusedTorchvisionVisionTransformer(layers.FusedStemModel, Rebuilt):
     blocks = property(lambda self: self.encoder.layers)
     norm = property(lambda self: self.encoder.ln)
 
-    def fusable(self, pixels: Tensor) -> bool:
+    def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what torchvision would."""
-        return super().fusable(pixels) and tuple(pixels.shape[2:]) == (self.image_size, self.image_size)
+        return super().embeds(pixels) and tuple(pixels.shape[2:]) == (self.image_size, self.image_size)
 
     def pooled_tokens(self) -> int | None:
         """The class token."""
@@ -67,14 +66,14 @@ class FusedTorchvisionVisionTransformer(layers.FusedStemModel, Rebuilt):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to logits; the last block computes the class token alone."""
         encoder = self.encoder
-        if layers.symbolic(x) or not layers.plain(encoder, vision_transformer.Encoder) or layers.overridden(self):
+        if not layers.takes(x) or not layers.is_plain(encoder, vision_transformer.Encoder) or layers.overridden(self):
             return super().forward(x)
         # without a name, which would keep the first tokens' memory through all blocks
-        x = self.norm(self.encode(encoder.dropout(self._embed(x)), self.kept()))
+        x = self.norm(self.encode(encoder.dropout(self._embed(x)), self.prefix_length()))
         return self.heads(x[:, 0])
 
     def _embed(self, x: Tensor) -> Tensor:
-        if self.fusable(x):
+        if self.embeds(x):
             return self.tokens(x, self.class_token[0], self.encoder.pos_embedding[0])
         x = self._process_input(x)
         return torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.encoder.pos_embedding

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ... import layers
 from ..known import Rebuilt
@@ -18,7 +19,7 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "f
 _EXTRAS = frozenset(("position_bias", "softcap", "sliding_window", "s_aux", "cu_seq_lens_q", "cache"))
 
 
-def _collects(key: str) -> bool:
+def collects(key: str) -> bool:
     """Whether a forward is under way that captures these outputs."""
     from transformers.utils import output_capturing
 
@@ -26,8 +27,8 @@ def _collects(key: str) -> bool:
     return collector is not None and key in collector
 
 
-def _idle(module: nn.Module) -> bool:
-    """Whether the only hooks are those that Transformers left there, and nothing is captured now."""
+def idle(module: nn.Module) -> bool:
+    """Whether the only hooks are those that Transformers left there; `collects` says whether they do something."""
     own = module.__dict__
     hooks = own["_forward_hooks"].values()
     return (
@@ -36,13 +37,12 @@ def _idle(module: nn.Module) -> bool:
         and not own["_backward_hooks"]
         and not own["_backward_pre_hooks"]
         and "forward" not in own
-        and not layers._has_any_global_hook()
+        and not _has_any_global_hook()
         and all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
-        and not _collects("attentions")
     )
 
 
-class _Attention(layers.FusedSplitAttention, Rebuilt):
+class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
     """What the attentions of all models share."""
 
     q_norm = k_norm = attn_drop = proj_drop = layers.IDENTITY
@@ -50,13 +50,21 @@ class _Attention(layers.FusedSplitAttention, Rebuilt):
     # attribute with the rate of the dropout
     dropout_name = "dropout"
 
-    def fusable(self) -> bool:
-        """Whether the kernel computes what the original would: no dropout, no function of somebody's own."""
-        return not (self.training and getattr(self, self.dropout_name)) and not self._other()
+    def why_dropout(self, notes: list[str]) -> str:
+        """Why the original runs: dropout, or a function of somebody's own."""
+        if name := self._unknown_implementation():
+            return f"attn_implementation {name!r} is no known one"
+        return self.why_rate("attention dropout", getattr(self, self.dropout_name), notes)
 
-    def _other(self) -> str | None:
+    def _unknown_implementation(self) -> str | None:
         name = self.config._attn_implementation
         return None if name is None or name in IMPLEMENTATIONS else name
+
+    def plan_for(self, x: Any) -> Any:
+        """As `FusedLayer.plan_for`; the implementation is read in each call, since a config is set in place."""
+        eager = self.config._attn_implementation
+        # eager attention hands out weights always
+        return None if eager == "eager" or self._unknown_implementation() else super().plan_for(x)
 
     def beyond(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call asks for more than a softmax over all tokens: it is causal, say, or has a bias."""
@@ -68,16 +76,13 @@ class _Attention(layers.FusedSplitAttention, Rebuilt):
         if (
             attention_mask is not None
             or kwargs.get("causal_attention_mask") is not None
-            or hidden_states.dim() != 3
-            or layers.symbolic(hidden_states)
             or self.beyond(kwargs)
             or kwargs.get("output_attentions")
-            # eager attention hands out weights always
-            or self.config._attn_implementation == "eager"
-            or not self.fusable()
+            or (plan := self.plan_for(hidden_states)) is None
+            or hidden_states.dim() != 3
         ):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        return self.fused(hidden_states), None
+        return self.fused(hidden_states, plan), None
 
     def query_key(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `FusedAttention.query_key`, with the mask."""
@@ -86,16 +91,8 @@ class _Attention(layers.FusedSplitAttention, Rebuilt):
             attention_mask = q.new_zeros(()).masked_fill(~attention_mask, float("-inf"))
         return q, k, attention_mask
 
-    def limits(self) -> list[str]:
-        limits = self.limits_in() + layers._why_called("proj", self.proj, nn.Linear)
-        if name := self._other():
-            limits.append(f"attn_implementation {name!r} is no known one: the original forward runs")
-        if rate := getattr(self, self.dropout_name):
-            limits.append(f"attention dropout {rate:g}: the original forward runs in training")
-        return limits
 
-
-class ViTAttention(_Attention):
+class ViTAttention(TransformersAttention):
     """`q_proj`, `k_proj`, `v_proj`, `o_proj`."""
 
     num_heads = layers.alias("num_attention_heads")
@@ -105,29 +102,24 @@ class ViTAttention(_Attention):
 
     # BEiT's layer hands over its table of relative positions, and the grid of patches
 
-    def core(self, qkv: Tensor, relative: tuple[Tensor, tuple[int, int]] | None = None) -> Tensor:
-        """`[B, N, 3 * H * d]` to `[B, N, H * d]`."""
-        return super().core(qkv) if relative is None else self.mixed(*self.heads(qkv), relative=relative)
-
-    def mixed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None = None,
-        relative: tuple[Tensor, tuple[int, int]] | None = None,
+    def attend(  # type: ignore[override]
+        self, qkv: Any, plan: layers.AttentionPlan, relative: tuple[Tensor, tuple[int, int]] | None = None
     ) -> Tensor:
-        """`[B, H, N, d]` thrice to `[B, N, H * d]`."""
-        return super().mixed(q, k, v, bias) if relative is None else self.relative(q, k, v, *relative)
+        """q, k and v to merged heads `[B, N, H * d]`."""
+        if relative is None:
+            return super().attend(qkv, plan)
+        table, grid = relative
+        q, k, v = qkv if isinstance(qkv, tuple) else self.heads(qkv)
+        return self.relative_attention(q, k, v, layers.by_columns(table), grid)
 
 
-class CLIPAttention(_Attention):
+class CLIPAttention(TransformersAttention):
     """`q_proj`, `k_proj`, `v_proj`, `out_proj`."""
 
     proj = layers.alias("out_proj")
 
 
-class ViTSelfAttention(_Attention):
+class ViTSelfAttention(TransformersAttention):
     """Version 4, and models that kept its layout: `query`, `key`, `value`; the output projection is the caller's."""
 
     num_heads = layers.alias("num_attention_heads")
@@ -140,16 +132,12 @@ class ViTSelfAttention(_Attention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """`[B, N, D]` to `([B, N, H * d], None)`."""
-        if (
-            any(value is not None and value is not False for value in (*args, *kwargs.values()))
-            or hidden_states.dim() != 3
-            or layers.symbolic(hidden_states)
-            or self.is_causal
-            or self.config._attn_implementation == "eager"
-            or not self.fusable()
-        ):
-            return super(_Attention, self).forward(hidden_states, *args, **kwargs)
-        return self.attended(hidden_states), None
+        asked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        plan = None if asked or self.is_causal else self.plan_for(hidden_states)
+        if plan is None or hidden_states.dim() != 3:
+            return super(TransformersAttention, self).forward(hidden_states, *args, **kwargs)
+        return self.attend(self.project_in(hidden_states, plan), plan), None
 
-    def limits(self) -> list[str]:
-        return [limit for limit in super().limits() if not limit.startswith("proj")]
+    def plan_out(self, notes: list[str]) -> bool:
+        """There is none here."""
+        return True

@@ -11,33 +11,33 @@ from ... import layers
 from ..known import Rebuilt
 
 
-class _PatchEmbeddings(layers.FusedPatchEmbed, Rebuilt):
+class TransformersPatchEmbeddings(layers.FusedPatchEmbed, Rebuilt):
     """A convolution's tokens, where its stride divides the image."""
 
-    def fusable(self, pixels: Tensor) -> bool:
+    def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what Transformers would."""
-        if not super().fusable(pixels):
+        if not super().embeds(pixels):
             return False
         rows, cols = self.proj.kernel_size
         return pixels.shape[2] % rows == 0 and pixels.shape[3] % cols == 0
 
 
-class ViTPatchEmbeddings(_PatchEmbeddings):
+class ViTPatchEmbeddings(TransformersPatchEmbeddings):
     """`projection`."""
 
     proj = layers.alias("projection")
     # whether pixels of another dtype than the weights are cast rather than refused
     casts = False
 
-    def fusable(self, pixels: Tensor) -> bool:
+    def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what Transformers would."""
-        return super().fusable(pixels) and (
+        return super().embeds(pixels) and (
             self.casts or pixels.dtype == self.projection.weight.dtype or torch.is_autocast_enabled(pixels.device.type)
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, N, D]`."""
-        return self.tokens(pixel_values) if self.fusable(pixel_values) else super().forward(pixel_values)
+        return self.tokens(pixel_values) if self.embeds(pixel_values) else super().forward(pixel_values)
 
 
 class SizedPatchEmbeddings(ViTPatchEmbeddings):
@@ -67,6 +67,11 @@ class ViTEmbeddings(layers.FusedLayer, Rebuilt):
     """Prefix tokens and position embeddings written by the patch-embed kernel."""
 
     kind = "patch_embed"
+
+    def make_plan(self, derive: bool = False) -> layers.Plan:
+        """Decided in each call, of which there is one in a forward."""
+        return layers.Plan("", ())
+
     patch_embeddings: Any
     position_embeddings: Any
     cls_token: Any
@@ -77,11 +82,10 @@ class ViTEmbeddings(layers.FusedLayer, Rebuilt):
         stem = self.patch_embeddings
         if (
             bool_masked_pos is not None
-            or layers.symbolic(pixel_values)
+            or not layers.takes(pixel_values)
             or not isinstance(stem, ViTPatchEmbeddings)
             or layers.hooked(stem)
-            or not stem.fusable(pixel_values)
-            or torch.jit.is_tracing()
+            or not stem.embeds(pixel_values)
         ):
             return super().forward(pixel_values, bool_masked_pos, *args, **kwargs)
         interpolates = args[0] if args else kwargs.get("interpolate_pos_encoding", False)
@@ -144,7 +148,7 @@ class Dinov2WithRegistersEmbeddings(Dinov2Embeddings):
         return torch.cat((self.cls_token[0] + position[0, :1], self.register_tokens[0])), position[0, 1:]
 
 
-class SiglipVisionEmbeddings(_PatchEmbeddings):
+class SiglipVisionEmbeddings(TransformersPatchEmbeddings):
     """`patch_embedding` and `position_embedding`."""
 
     proj = layers.alias("patch_embedding")
@@ -154,7 +158,7 @@ class SiglipVisionEmbeddings(_PatchEmbeddings):
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`."""
-        if not self.fusable(pixel_values) or layers.hooked(self.position_embedding) or torch.jit.is_tracing():
+        if not self.embeds(pixel_values) or layers.hooked(self.position_embedding):
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         height, width = pixel_values.shape[2:]
         rows, cols = self.proj.kernel_size

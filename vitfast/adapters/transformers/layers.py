@@ -2,61 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from ... import layers
 from ..known import Rebuilt
-from .attention import _Attention, _idle
+from .attention import TransformersAttention, collects, idle
 
 
-class _Layer(layers.FusedBlock, Rebuilt):
+class TransformersLayer(layers.FusedBlock, Rebuilt):
     """What the pre-norm blocks of all models share."""
 
     ls1 = ls2 = drop_path1 = drop_path2 = layers.IDENTITY
-    folds_itself = True
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is Transformers' own."""
-        if self._leaves(hidden_states, attention_mask, kwargs):
+        plan = self.plan_of(hidden_states, attention_mask, kwargs)
+        if plan is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        return self.fused(hidden_states, **kwargs)
+        return self.fused(hidden_states, plan, **kwargs)
 
-    def _leaves(self, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Whether the original has to run: fused attention takes no mask, and nothing else."""
+    def plan_of(self, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> layers.BlockPlan | None:
+        """The plan, or None where the original has to run: fused attention takes no mask, and hands out no weights."""
         attn = self.attn
-        return (
-            mask is not None
-            or layers.symbolic(tokens)
-            # another attention is called with all that there is
-            or (isinstance(attn, _Attention) and attn.beyond(kwargs))
-        )
+        if mask is not None or collects("attentions"):
+            return None
+        # another attention is called with all that there is
+        if isinstance(attn, TransformersAttention) and (attn.beyond(kwargs) or attn.plan_for(tokens) is None):
+            return None
+        return self.plan_for(tokens)
 
-    def _watched(self, module: nn.Module) -> bool:
-        return layers.hooked(module) and not _idle(module)
+    def watched(self, module: nn.Module) -> bool:
+        """Whether somebody looks at what a module of this block does; Transformers' own hooks stay, mostly idle."""
+        return layers.hooked(module) and not idle(module)
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as the original block does."""
         return self.attn(x, attention_mask=None, **kwargs)[0]
 
 
-class ViTLayer(_Layer):
+class ViTLayer(TransformersLayer):
     """`layernorm_before`, `attention`, `layernorm_after`, `mlp`, `dropout` behind both."""
 
     norm1 = layers.alias("layernorm_before")
     attn = layers.alias("attention")
     norm2 = layers.alias("layernorm_after")
     drop_path1 = drop_path2 = layers.alias("dropout")
-    drop_path_class: ClassVar[type[nn.Module]] = nn.Dropout
-    rate_name = "p"
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention as the original block does."""
         return self.attention(x, None, **kwargs)[0]
 
 
-class CLIPEncoderLayer(_Layer):
+class CLIPEncoderLayer(TransformersLayer):
     """`layer_norm1`, `self_attn`, `layer_norm2`, `mlp`."""
 
     norm1 = layers.alias("layer_norm1")
@@ -68,24 +67,13 @@ class CLIPEncoderLayer(_Layer):
         return self.self_attn(hidden_states=x, attention_mask=None, **kwargs)[0]
 
 
-class Dinov2Layer(_Layer):
+class Dinov2Layer(TransformersLayer):
     """`norm1`, `attention`, `layer_scale1`, `norm2`, `mlp`, `layer_scale2`, one `drop_path` for both."""
 
     attn = layers.alias("attention")
     ls1 = layers.alias("layer_scale1")
     ls2 = layers.alias("layer_scale2")
     drop_path1 = drop_path2 = layers.alias("drop_path")
-
-    gamma_name = "lambda1"
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if original := vars(cls).get("replaces"):
-            from .table import _copy_beside
-
-            # each model has classes of its own for these
-            cls.layer_scale_class = _copy_beside(original, "dinov2.Dinov2LayerScale")
-            cls.drop_path_class = _copy_beside(original, "dinov2.Dinov2DropPath")
 
 
 class BeitLayer(ViTLayer):
@@ -95,21 +83,12 @@ class BeitLayer(ViTLayer):
     ls1 = property(lambda self: _tensor_or_none(self.lambda_1))
     ls2 = property(lambda self: _tensor_or_none(self.lambda_2))
     drop_path1 = drop_path2 = layers.alias("drop_path")
-    rate_name = "drop_prob"
     bias_from_block = True
-    folds_itself = False
-    relative_class: type[nn.Module]
+    # a mask that all layers share is Transformers' own, and with it the norms
+    can_fold = False
     relative_position_bias: Any
     dropout: Any
     patch_size: int
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if original := vars(cls).get("replaces"):
-            from .table import _copy_beside
-
-            cls.drop_path_class = _copy_beside(original, "beit.BeitDropPath")
-            cls.relative_class = _copy_beside(original, "beit.BeitRelativePositionBias")
 
     def forward(  # type: ignore[override]
         self,
@@ -121,22 +100,21 @@ class BeitLayer(ViTLayer):
     ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; positions that all layers share come as a mask, and are Transformers' own."""
         relative = self._relative(interpolate_pos_encoding, resolution)
-        if (
-            relative is False
-            or not layers._inactive(self.dropout)
-            or self._leaves(hidden_states, attention_mask, kwargs)
-        ):
-            return super(_Layer, self).forward(  # type: ignore[misc]
+        plan = None
+        if relative is not False and layers.inactive(self.dropout):
+            plan = self.plan_of(hidden_states, attention_mask, kwargs)
+        if plan is None:
+            return super(TransformersLayer, self).forward(  # type: ignore[misc]
                 hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs
             )
-        return self.fused(hidden_states, relative=relative, **kwargs)
+        return self.fused(hidden_states, plan, relative=relative, **kwargs)
 
     def _relative(self, interpolates: bool, resolution: tuple[int, int] | None) -> Any:
         """The table and the grid; None where there is none, False where the original has to make the bias."""
         module = self.relative_position_bias
         if module is None:
             return None
-        if interpolates or resolution is None or not layers.plain(module, self.relative_class):
+        if interpolates or resolution is None or layers.hooked(module):
             return False
         grid = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
         # the original reads a table that is not square with its sides exchanged
@@ -144,7 +122,7 @@ class BeitLayer(ViTLayer):
             return False
         return module.relative_position_bias_table, grid
 
-    def given(self, relative: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def attention_inputs(self, relative: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The table and the grid, for fused attention."""
         return {"relative": relative}
 

@@ -5,31 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import activations
 
 from ... import kernels, layers
 from ..known import Rebuilt
-
-# classes of Transformers that compute what an epilogue does; versions differ in which there are
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    getattr(activations, name): epilogue
-    for name, epilogue in (
-        ("GELUActivation", "gelu"),
-        ("GELUTanh", "gelu_tanh"),
-        ("PytorchGELUTanh", "gelu_tanh"),
-        ("NewGELUActivation", "gelu_tanh"),
-        ("FastGELUActivation", "gelu_tanh"),
-        ("AccurateGELUActivation", "gelu_tanh"),
-        ("QuickGELUActivation", "quick_gelu"),
-    )
-    if hasattr(activations, name)
-}
 
 
 class ViTMLP(layers.FusedMlp, Rebuilt):
     """`fc1`, `activation_fn`, `fc2`."""
 
-    activations = ACTIVATIONS
     act = layers.alias("activation_fn")
     drop1 = drop2 = layers.IDENTITY
 
@@ -47,18 +30,20 @@ class ViTIntermediate(layers.FusedLayer, Rebuilt):
     dense: Any
     intermediate_act_fn: Any
 
+    def make_plan(self, derive: bool = False) -> layers.Plan:
+        """The kernel runs, or the original."""
+        notes: list[str] = []
+        if layers.epilogue(self.intermediate_act_fn) is None:
+            layers.plain("intermediate_act_fn", self.intermediate_act_fn, nn.GELU, notes)
+        layers.linear("dense", self.dense, notes)
+        return layers.Plan("; ".join(notes), ())
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` to `[..., F]`."""
-        act, dense = self.intermediate_act_fn, self.dense
-        activation = None if layers.hooked(act) else ViTMLP.epilogue(act)
-        if layers.symbolic(hidden_states) or activation is None or not layers.plain_linear(dense):
+        if self.plan_for(hidden_states) is None:
             return super().forward(hidden_states)
+        dense, activation = self.dense, layers.epilogue(self.intermediate_act_fn)
         return kernels.linear(hidden_states, dense.weight, dense.bias, activation, tf32=self.tf32)
-
-    def limits(self) -> list[str]:
-        limits = layers._why_called("dense", self.dense, nn.Linear)
-        act = self.intermediate_act_fn
-        return limits + (["intermediate_act_fn has hooks: called as a module"] if layers.hooked(act) else [])
 
 
 class ViTOutput(layers.FusedLayer, Rebuilt):
@@ -68,11 +53,16 @@ class ViTOutput(layers.FusedLayer, Rebuilt):
     dense: Any
     dropout: Any
 
+    def make_plan(self, derive: bool = False) -> layers.Plan:
+        """The kernel runs, or the original."""
+        notes: list[str] = []
+        if not layers.inactive(self.dropout):
+            notes.append("dropout is at work")
+        layers.linear("dense", self.dense, notes)
+        return layers.Plan("; ".join(notes), ())
+
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """`[..., F]` and `[..., D]` to `[..., D]`."""
-        if layers.symbolic(hidden_states) or not layers._inactive(self.dropout):
+        if self.plan_for(hidden_states) is None:
             return super().forward(hidden_states, input_tensor)
-        return layers._linear(self.dense, hidden_states, input_tensor, None, self.tf32)
-
-    def limits(self) -> list[str]:
-        return layers._why_called("dense", self.dense, nn.Linear)
+        return layers.compute_linear(True, self.dense, hidden_states, input_tensor, None, self.tf32)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ... import attention_backends, kernels, layers
+from ... import kernels, layers
 from ..known import Rebuilt
-from .attention import IMPLEMENTATIONS, _collects
+from .attention import IMPLEMENTATIONS, collects, idle
 
 
 class SwinLayer(layers.FusedBlock, Rebuilt):
@@ -22,46 +21,59 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     drop_path1 = layers.alias("drop_path")
     # the second branch has a dropout where the first has a drop path
     drop_path2 = layers.alias("dropout")
-    attention_class: type[nn.Module]
-    bias_class: type[nn.Module]
     window_size: int
     shift_size: int
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if original := vars(cls).get("replaces"):
-            from .table import _copy_beside
+    can_fold = False
 
-            cls.drop_path_class = _copy_beside(original, "swin.SwinDropPath")
-            cls.attention_class = _copy_beside(original, "swin.SwinAttention")
-            cls.bias_class = _copy_beside(original, "swin.SwinRelativePositionBias")
+    def make_plan(self, derive: bool = False) -> layers.BlockPlan:
+        """The kernel's way, or the original's: it takes the attention's parts, which are then not called."""
+        attn: Any = self.attention
+        notes: list[str] = []
+        hooked = [f"attention.{name or 'forward'} has hooks" for name, m in attn.named_modules() if self.watched(m)]
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        linears = all([layers.linear(name, getattr(attn, name), notes) for name in names])
+        rate = attn.attention_dropout if self.training else 0.0
+        reasons = [
+            *hooked,
+            "" if linears else "; ".join(notes),
+            f"attention dropout {rate:g}, in training" if rate else "",
+            "" if layers.inactive(self.drop_path1) and layers.inactive(self.dropout) else "dropout is at work",
+            layers.why_uncut(self.attention_backend),
+        ]
+        plan = super().make_plan(derive)
+        attn_plan = layers.AttentionPlan("", (), True, True, False, False)
+        if derive and linears:
+            attn_plan = attn_plan._replace(packed=self._packed(), table=self._table())
+        return plan._replace(
+            original=next(filter(None, (plan.original, *reasons)), ""), attn=attn_plan, complete=False, notes=()
+        )
 
-    def _undropped(self, module: nn.Module) -> bool:
-        return layers._inactive(module) or super()._undropped(module)
+    def _packed(self) -> tuple[Tensor, Tensor | None]:
+        attn: Any = self.attention
+        return layers.joined(attn.q_proj, attn.k_proj, attn.v_proj)
 
-    def _fits(self, tokens: Tensor, size: Any, kwargs: dict[str, Any]) -> bool:
+    def _table(self) -> Tensor:
+        return layers.by_columns(self.attention.relative_position_bias.relative_position_bias_table)
+
+    def watched(self, module: nn.Module) -> bool:
+        """Whether somebody looks at what a module of this layer does."""
+        return layers.hooked(module) and not idle(module)
+
+    def _cuts(self, tokens: Tensor, size: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the kernel computes what the original would of a map of this size."""
         attn, window = self.attention, self.window_size
         return (
-            not layers.symbolic(tokens)
-            and layers.windows_pay(tokens)
-            and not torch.jit.is_tracing()
+            layers.windows_pay(tokens)
             # padded maps have tokens that are none; the libraries pad in different ways
             and size[0] % window == 0
             and size[1] % window == 0
-            and layers.plain(attn, self.attention_class)
-            and layers.plain(attn.relative_position_bias, self.bias_class)
             # a map smaller than the window fails in the original
             and attn.relative_position_bias.window_size == (window, window)
-            and all(layers.plain_linear(m) for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
-            and not (self.training and attn.attention_dropout)
-            and self._undropped(self.drop_path1)
-            and self._undropped(self.dropout)
             and attn.config._attn_implementation in IMPLEMENTATIONS
-            and self.attention_backend in attention_backends.OURS
             # what hands out weights
             and not kwargs.get("output_attentions")
-            and not (attn.config._attn_implementation == "eager" and (_collects("attentions") or layers.hooked(self)))
+            and not (attn.config._attn_implementation == "eager" and (collects("attentions") or layers.hooked(self)))
         )
 
     def forward(
@@ -70,33 +82,24 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
         """`[B, H * W, D]` to `([B, H * W, D], None)`."""
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
-        if not self._fits(hidden_states, input_dimensions, kwargs):
+        plan = self.plan_for(hidden_states) if self._cuts(hidden_states, input_dimensions, kwargs) else None
+        if plan is None:
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)  # type: ignore[misc]
         attn: Any = self.attention
         normed = self.norm1(hidden_states)
-        parts = (attn.q_proj, attn.k_proj, attn.v_proj)
-        if layers.packable(normed, *parts):
-            qkv = kernels.linear(normed, *layers.packed(*parts), tf32=self.tf32)
-        elif normed.shape[:-1].numel() > normed.shape[-1]:
-            # weights are fewer than what comes of them
-            qkv = kernels.linear(normed, *layers.joined(*parts), tf32=self.tf32)
-        else:
-            qkv = torch.cat([layers._linear(part, normed, None, None, self.tf32) for part in parts], dim=-1)
+        frozen = layers.kept(plan.attn.packed, normed)
+        # weights are fewer than what comes of them
+        qkv = kernels.linear(normed, *(plan.attn.packed if frozen else self._packed()), tf32=self.tf32)
         out = kernels.window_attention(
             qkv.unflatten(1, tuple(input_dimensions)),
             attn.num_attention_heads,
             (self.window_size,) * 2,
             (int(self.shift_size),) * 2,
-            layers.by_columns(attn.relative_position_bias.relative_position_bias_table),
+            plan.attn.table if frozen else self._table(),
             attn.scaling,
             tf32=self.tf32,
         )
-        x = layers._linear(attn.o_proj, out.flatten(1, 2), hidden_states, None, self.tf32)
-        if self._takes_residual(self.mlp):
-            return self.mlp.fused(self.norm2(x), x), None
+        x = layers.compute_linear(True, attn.o_proj, out.flatten(1, 2), hidden_states, None, self.tf32)
+        if plan.mlp is not None:
+            return self.mlp.fused(self.norm2(x), plan.mlp, x), None
         return self.mlp(self.norm2(x)) + x, None
-
-    def limits(self) -> list[str]:
-        if not layers.plain(self.attention, self.attention_class):
-            return ["attention has hooks or is another: the original forward runs"]
-        return layers.why_uncut(self.attention_backend)

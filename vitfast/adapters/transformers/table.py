@@ -59,7 +59,7 @@ def _decline_attention(module: Any) -> str | None:
 def _decline_mlp(module: Any) -> str | None:
     names = ("activation_fn", "activation", "intermediate_act_fn")
     act: Any = next(getattr(module, name) for name in names if hasattr(module, name))
-    if not isinstance(act, nn.Module) or ViTMLP.epilogue(act) is None:
+    if not isinstance(act, nn.Module) or layers.epilogue(act) is None:
         return f"activation {getattr(act, '__name__', type(act).__name__)} is in no epilogue"
     return None
 

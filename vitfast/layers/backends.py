@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
-from .kernels._op import KERNEL_DTYPES, autocast
-from .kernels.attention import relative_index
+from .. import kernels
+from ..kernels._op import KERNEL_DTYPES, autocast
+from ..kernels.attention import relative_index
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn", "xformers")
 
