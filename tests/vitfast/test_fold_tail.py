@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 
 import vitfast
 from tests._close import assert_close
-from tests.vitfast._models import BUILDERS, assert_same, images, reference, timm_deit, timm_vit
+from tests.vitfast._models import BUILDERS, assert_same, images, randomise, reference, timm_deit, timm_vit
 from vitfast import kernels
-from vitfast.kernels import _derived
 from vitfast.layers import FusedBlock
+from vitfast.watch import PLAN
 
 X = (2, 3, 24, 32)
 
@@ -32,17 +33,17 @@ def pair(build, **changes) -> tuple[nn.Module, nn.Module]:
 def calls(monkeypatch) -> list:
     """Names of the block's ways that ran, with the number of tokens kept."""
     seen = []
-    first, folded = FusedBlock.first, FusedBlock.folded_attention
+    prefix, folded = FusedBlock.fused_prefix, FusedBlock.folded_attention
 
-    def note_first(self, x, kept):
-        seen.append(kept)
-        return first(self, x, kept)
+    def note_prefix(self, x, count, plan):
+        seen.append(count)
+        return prefix(self, x, count, plan)
 
-    def note_folded(self, x, stats):
+    def note_folded(self, x, stats, plan):
         seen.append("folded")
-        return folded(self, x, stats)
+        return folded(self, x, stats, plan)
 
-    monkeypatch.setattr(FusedBlock, "first", note_first)
+    monkeypatch.setattr(FusedBlock, "fused_prefix", note_prefix)
     monkeypatch.setattr(FusedBlock, "folded_attention", note_folded)
     return seen
 
@@ -201,30 +202,49 @@ def test_tail_is_switched_on_by_name(build, calls):
 # --- fold
 
 
+H = torch.float16
+
+
 def folding(build, **changes) -> tuple[nn.Module, nn.Module]:
-    return pair(build, depth=3, **changes)
+    """In 16 bits, since folding keeps the rule there, and frozen, since it is derived from weights."""
+    plain = build(depth=3, **changes).half()
+    return plain, vitfast.accelerate(copy.deepcopy(plain), frozen=True)
+
+
+def assert_follows(plain, fused, call=lambda model, x: model(x)) -> None:
+    assert_same(plain, fused, images(*X, dtype=H), call, grad=False)
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("changes", [{}, {"init_values": 0.3, "qk_norm": True}, {"qkv_bias": False}], ids=str)
 def test_fold(build, changes, calls, poisoned):
     plain, fused = folding(build, **changes)
-    assert_same(plain, fused, images(*X), grad=False)
+    assert_follows(plain, fused)
     assert calls == ["folded", "folded", 1]
     del calls[:]
-    assert_same(plain, fused, images(*X), lambda model, x: model.forward_features(x), grad=False)
+    assert_follows(plain, fused, lambda model, x: model.forward_features(x))
     assert calls == ["folded"] * 3
 
 
 @pytest.mark.interpret
-def test_fold_in_fp16(build, calls, poisoned):
-    plain = build(depth=3, init_values=0.3)
-    fused = vitfast.accelerate(copy.deepcopy(plain), precision="fp16")
-    x = images(*X, dtype=torch.float16)
-    with torch.no_grad():
-        rounded = copy.deepcopy(plain).half()
-        assert_close(fused(x), copy.deepcopy(rounded).double()(x.double()), rounded(x))
-    assert calls == ["folded", "folded", 1]
+def test_nothing_is_kept_of_weights_that_are_not_frozen(build, calls, poisoned):
+    plain = build(depth=3).half()
+    fused = vitfast.accelerate(copy.deepcopy(plain))
+    assert_follows(plain, fused)
+    assert calls == [1]
+    # written where torch does not see it
+    for model in (plain, fused):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.2)
+    assert_follows(plain, fused)
+
+
+@pytest.mark.interpret
+def test_fp32_is_not_folded(build, calls):
+    plain = build(depth=3)
+    fused = vitfast.accelerate(copy.deepcopy(plain), frozen=True)
+    assert_same(plain, fused, images(*X), grad=False)
+    assert calls == [1]
 
 
 @pytest.mark.interpret
@@ -233,84 +253,127 @@ def test_statistics_are_not_handed_past_a_hook(build, calls, poisoned):
     for model in (plain, fused):
         # in place: what the block before said of these tokens is wrong behind it
         model.blocks[1].register_forward_hook(lambda m, args, out: out.mul_(1.5))
-    with torch.inference_mode():
-        torch.testing.assert_close(fused(images(*X)), plain(images(*X)), rtol=1e-4, atol=1e-4)
+    assert_follows(plain, fused)
     assert calls == ["folded", 1]
 
 
 @pytest.mark.interpret
 def test_no_fold_in_training_autocast_or_with_gradients(build, calls):
     _, fused = folding(build, global_pool="avg")
-    fused(images(*X))
-    fused.train()(images(*X))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        fused.eval()(images(*X))
+    x = images(*X, dtype=H)
+    fused(x)
+    fused.train()(x)
+    with torch.no_grad(), torch.autocast("cpu", H):
+        fused.eval()(x)
     assert calls == []
     with torch.no_grad():
-        fused(images(*X))
+        fused(x)
     assert calls == ["folded"] * 3
 
 
-@pytest.mark.interpret
-@pytest.mark.parametrize("how", ["in place", "load_state_dict", "data", "precision"])
-def test_fold_sees_changed_weights(build, how, calls, poisoned):
-    plain, fused = folding(build)
-    with torch.no_grad():
-        fused(images(*X))
-        if how == "in place":
-            for model in (plain, fused):
-                model.blocks[1].norm2.weight.mul_(-1.5)
-                model.blocks[1].attn.qkv.weight.add_(0.1)
-        elif how == "load_state_dict":
-            other = build(depth=3)
-            for parameter in other.parameters():
-                parameter.mul_(1.1)
-            for model in (plain, fused):
-                model.load_state_dict(other.state_dict())
-        elif how == "data":
-            for model in (plain, fused):
-                model.blocks[1].mlp.fc1.weight.data = model.blocks[1].mlp.fc1.weight.data * 2
-        else:
-            vitfast.accelerate(fused, precision="fp16")
-            vitfast.restore(fused)
-            vitfast.accelerate(fused)
-    assert_same(plain, fused, images(*X), grad=False)
-
-
-@pytest.mark.interpret
-def test_training_that_writes_unseen(build, poisoned):
-    plain, fused = folding(build)
-    with torch.no_grad():
-        fused(images(*X))
-    fused.train()
-    for model in (plain, fused):
+def _scale(*models, by: float = 1.2) -> None:
+    for model in models:
         for parameter in model.parameters():
-            parameter.data.mul_(1.2)
-    fused.eval()
-    assert_same(plain, fused, images(*X), grad=False)
+            parameter.data.mul_(by)
+
+
+CHANGES = {
+    "in place": lambda model: model.blocks[1].attn.qkv.weight.add_(0.1),
+    "a norm in place": lambda model: model.blocks[1].norm2.weight.mul_(-1.5),
+    "load_state_dict": lambda model: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}),
+    "assigned": lambda model: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, assign=True),
+    "other data": lambda model: setattr(model.blocks[1].mlp.fc1.weight, "data", model.blocks[1].mlp.fc1.weight * 2),
+    "another parameter": lambda model: setattr(
+        model.blocks[0].norm1, "weight", nn.Parameter(model.blocks[0].norm1.weight * 2)
+    ),
+    "another layer": lambda model: setattr(
+        model.blocks[0].mlp, "fc1", randomise(copy.deepcopy(model.blocks[0].mlp.fc1))
+    ),
+    "another LayerScale": lambda model: setattr(
+        model.blocks[0].ls1, "gamma", nn.Parameter(model.blocks[0].ls1.gamma * 3)
+    ),
+    "an optimiser's step": lambda model: _step(model),
+    "training that writes unseen": lambda model: (model.train(), _scale(model), model.eval()),
+    "moved and written": lambda model: (model.to(torch.float64).to(H), _scale(model)),
+    "unseen, and refreshed": lambda model: (_scale(model), vitfast.refresh(model)),
+}
+
+
+def _step(model: nn.Module) -> None:
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad = images(*parameter.shape, seed=i, dtype=parameter.dtype)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
 @pytest.mark.interpret
-def test_restore_releases_what_was_derived(build):
-    cache = _derived._cache
-    before = len(cache)
-    _, fused = folding(build)
+@pytest.mark.parametrize("change", CHANGES)
+def test_fold_follows_weights(build, change, calls, poisoned):
+    plain, fused = folding(build, init_values=0.3)
     with torch.no_grad():
-        fused(images(*X))
-    assert len(cache) == before + 4
+        before = fused(images(*X, dtype=H))
+        for model in (plain, fused):
+            CHANGES[change](model)
+        assert not torch.allclose(plain(images(*X, dtype=H)), before, rtol=0.02)
+    del calls[:]
+    assert_follows(plain, fused)
+    assert calls == ["folded", "folded", 1]
+
+
+@pytest.mark.interpret
+def test_other_tensors_for_one_call(build, poisoned):
+    plain, fused = folding(build)
+    x = images(*X, dtype=H)
+    with torch.no_grad():
+        first = fused(x)
+        for i in range(3):
+            # what lies where something else lay is not that
+            other = {f"blocks.{b}.attn.qkv.bias": torch.full((144,), float(i), dtype=H) for b in range(3)}
+            got, expected = (torch.func.functional_call(model, other, (x,)) for model in (fused, plain))
+            torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+        assert torch.equal(fused(x), first)
+
+
+@pytest.mark.interpret
+def test_a_norm_without_weight_leaves_the_layer_behind_it_alone(poisoned):
+    weight = images(32, 64)
+    before, x = weight.clone(), images(3, 64)
+    for norm_weight in (None, torch.full((64,), 3.0)):
+        y = kernels.norm_linear(x, kernels.row_stats(x), norm_weight, None, 1e-6, weight)
+        expected = nn.functional.layer_norm(x, (64,), norm_weight, None, 1e-6) @ weight.t()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.interpret
+def test_what_is_derived_goes_with_training_copies_and_restore(build):
+    _, fused = folding(build)
+    x = images(*X, dtype=H)
+    with torch.no_grad():
+        fused(x)
+    folded = [block.plan().folded for block in fused.blocks]
+    assert all(folded)
+    assert not any(PLAN in vars(module) for module in copy.deepcopy(fused).modules() if vars(module).get(PLAN, 0))
+    alive = [weakref.ref(pair[0].weight) for pair in folded]
+    del folded
+    fused.train()
+    assert not any(ref() for ref in alive)
+    with torch.no_grad():
+        fused.eval()(x)
+    assert all(block.plan().folded for block in fused.blocks)
     vitfast.restore(fused)
-    assert len(cache) == before
+    assert not any(PLAN in vars(module) or "frozen" in vars(module) for module in fused.modules())
 
 
 @pytest.mark.interpret
 def test_fold_is_switched_on_by_name(build, calls):
-    plain = build(depth=3)
-    fused = vitfast.accelerate(copy.deepcopy(plain), only={"layer_norm", "attention", "mlp", "block"})
+    plain = build(depth=3).half()
+    modules = {"layer_norm", "attention", "mlp", "block"}
+    fused = vitfast.accelerate(copy.deepcopy(plain), only=modules, frozen=True)
     with torch.no_grad():
-        fused(images(*X))
+        fused(images(*X, dtype=H))
         assert calls == []
         vitfast.accelerate(fused, only={"fold"})
-        fused(images(*X))
+        fused(images(*X, dtype=H))
     assert calls == ["folded"] * 3
 
 
@@ -321,11 +384,11 @@ def test_fold_is_switched_on_by_name(build, calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_both_on_a_gpu(build, dtype, calls):
     plain = build(depth=3, init_values=0.3).to("cuda", dtype)
-    fused = vitfast.accelerate(copy.deepcopy(plain))
+    fused = vitfast.accelerate(copy.deepcopy(plain), frozen=True)
     x = images(*X, dtype=dtype).cuda()
     with torch.no_grad():
         assert_close(fused(x), copy.deepcopy(plain).double()(x.double()), plain(x))
-        assert calls == ["folded", "folded", 1]
+        assert calls == ([1] if dtype == torch.float32 else ["folded", "folded", 1])
         for model in (plain, fused):
             model.blocks[0].norm1.weight.mul_(-1.5)
         assert_close(fused(x), copy.deepcopy(plain).double()(x.double()), plain(x))
@@ -338,7 +401,7 @@ def test_both_at_real_sizes_on_a_gpu(name, calls):
 
     with torch.device("cuda"):
         plain = seed_weights(vitfast.create_model(name, depth=3)).eval().bfloat16()
-    fused = vitfast.accelerate(copy.deepcopy(plain))
+    fused = vitfast.accelerate(copy.deepcopy(plain), frozen=True)
     x = images(8, 3, 224, 224, dtype=torch.bfloat16).cuda()
     with torch.no_grad():
         assert_close(fused(x), copy.deepcopy(plain).double()(x.double()), plain(x))
