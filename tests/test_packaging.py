@@ -142,7 +142,7 @@ def test_metadata(wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
     runtime = {Requirement(r).name for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
     assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow"}
-    assert "vitfast = vitfast.cli:main" in entry_points.replace("=", " = ").replace("  ", " ")
+    assert "vitfast = vitfast.cli.main:main" in entry_points.replace("=", " = ").replace("  ", " ")
 
 
 def test_the_changelog_knows_the_version() -> None:

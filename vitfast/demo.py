@@ -32,13 +32,15 @@ from torch import Tensor, nn
 
 from . import __version__, kernels
 from .accelerate import Report, accelerate, report
-from .architectures import create_model
 from .attention_maps import attention_maps, overlay, rollout
 from .doctor import doctor, how_ops_run
 from .kernels._triton import HAS_TRITON
-from .parity import FACTOR, Comparison, Parity, build_model, fp32_products, parity, pick_device, seed_weights
 from .precision import get_precision
 from .preprocess import ImageSpec, image_spec, preprocess, reading
+from .proof.parity import Parity, fp32_products, parity
+from .proof.subjects import build_model, pick_device, seed_weights
+from .reference.architectures import create_model
+from .rule import FACTOR, Comparison
 
 # what each kind of replacement calls, and what that fuses
 _FUSED = {
@@ -365,7 +367,7 @@ def run_demo(
 
     Args:
         image: a picture file; None for the one that matplotlib carries.
-        model: a name that `vitfast.parity.build_model` knows.
+        model: a name that `vitfast.proof.subjects.build_model` knows.
         weights: checkpoint file; None for seeded weights, which mean nothing but compute the same.
         out: folder for `index.html`, `attention-rollout.png` and `attention-layers.png`; made if need be.
         precision: of both models; None for bf16 on CUDA and fp32 on CPU, what each is usually run in.

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from tests._close import assert_close
-from vitfast.architectures import create_model
-from vitfast.model import Block, DropPath, PatchEmbed, VisionTransformer, resize_pos_embed
+from vitfast.reference.architectures import create_model
+from vitfast.reference.parts import Block, DropPath, PatchEmbed
+from vitfast.reference.positions import resize_pos_embed
+from vitfast.reference.vit import VisionTransformer
 
 # small enough for a test, odd enough that swapped sizes show: 3 x 4 patches, head width 12
 TINY = {"img_size": (48, 64), "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 7}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import sys
 
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 
 import vitfast
-from vitfast import kernels, libraries
-from vitfast.architectures import ARCHITECTURES
-from vitfast.parity import Parity, build_model, compare, parity, pick_device, seed_weights
-
-# the module, whatever the package exports under its name
-parity_module = importlib.import_module("vitfast.parity")
+from vitfast import kernels
+from vitfast.proof import libraries
+from vitfast.proof.parity import Parity, parity
+from vitfast.proof.subjects import build_model, pick_device, seed_weights
+from vitfast.reference.architectures import ARCHITECTURES
+from vitfast.rule import compare
 
 TINY = {
     **ARCHITECTURES["vit_tiny_patch16_224"],

@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import layers, model
+from .. import layers
+from ..reference import head, parts, vit
 from . import Swap
 from .torch import decline_head_dim, never
 
 
-class FusedReferencePatchEmbed(layers.FusedPatchEmbed, model.PatchEmbed):
-    """`vitfast.model.PatchEmbed`."""
+class FusedReferencePatchEmbed(layers.FusedPatchEmbed, parts.PatchEmbed):
+    """`vitfast.reference.parts.PatchEmbed`."""
 
-    replaces = model.PatchEmbed
+    replaces = parts.PatchEmbed
 
     def fusable(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the model would."""
@@ -29,10 +30,10 @@ class FusedReferencePatchEmbed(layers.FusedPatchEmbed, model.PatchEmbed):
         return self.tokens(pixels) if self.fusable(pixels) else super().forward(pixels)
 
 
-class FusedReferenceAttention(layers.FusedAttention, model.Attention):
-    """`vitfast.model.Attention`, with its relative position logits as the kernel's bias."""
+class FusedReferenceAttention(layers.FusedAttention, parts.Attention):
+    """`vitfast.reference.parts.Attention`, with its relative position logits as the kernel's bias."""
 
-    replaces = model.Attention
+    replaces = parts.Attention
 
     def whole(self) -> bool:
         """Relative logits are a query's own."""
@@ -55,29 +56,29 @@ class FusedReferenceAttention(layers.FusedAttention, model.Attention):
         return self.fused(x) if self.fusable() else super().forward(x)
 
 
-class FusedReferenceMlp(layers.FusedMlp, model.Mlp):
-    """`vitfast.model.Mlp`."""
+class FusedReferenceMlp(layers.FusedMlp, parts.Mlp):
+    """`vitfast.reference.parts.Mlp`."""
 
-    replaces = model.Mlp
-    activations: ClassVar = {model.QuickGELU: "quick_gelu"}
+    replaces = parts.Mlp
+    activations: ClassVar = {parts.QuickGELU: "quick_gelu"}
 
 
-class FusedReferenceBlock(layers.FusedBlock, model.Block):
-    """`vitfast.model.Block`."""
+class FusedReferenceBlock(layers.FusedBlock, parts.Block):
+    """`vitfast.reference.parts.Block`."""
 
-    replaces = model.Block
-    layer_scale_class = model.LayerScale
-    drop_path_class = model.DropPath
+    replaces = parts.Block
+    layer_scale_class = parts.LayerScale
+    drop_path_class = parts.DropPath
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
         return self.fused(x)
 
 
-class FusedReferenceVisionTransformer(layers.FusedModel, model.VisionTransformer):
-    """`vitfast.model.VisionTransformer`: prefix tokens and position embedding written by the patch-embed kernel."""
+class FusedReferenceVisionTransformer(layers.FusedModel, vit.VisionTransformer):
+    """`vitfast.reference.vit.VisionTransformer`: the patch-embed kernel writes prefix tokens and positions too."""
 
-    replaces = model.VisionTransformer
+    replaces = vit.VisionTransformer
 
     def pooled_tokens(self) -> int | None:
         """1 where the class token is the pooled output, 2 with a distillation token."""
@@ -120,11 +121,11 @@ def _decline_attention(module: Any) -> str | None:
 def swaps() -> dict[type[nn.Module], Swap]:
     """Replaceable classes of the reference model."""
     return {
-        model.PatchEmbed: Swap(FusedReferencePatchEmbed, never),
-        model.Attention: Swap(FusedReferenceAttention, _decline_attention),
-        model.Mlp: Swap(FusedReferenceMlp, never),
-        model.Block: Swap(FusedReferenceBlock, never),
-        model.VisionTransformer: Swap(FusedReferenceVisionTransformer, never),
+        parts.PatchEmbed: Swap(FusedReferencePatchEmbed, never),
+        parts.Attention: Swap(FusedReferenceAttention, _decline_attention),
+        parts.Mlp: Swap(FusedReferenceMlp, never),
+        parts.Block: Swap(FusedReferenceBlock, never),
+        vit.VisionTransformer: Swap(FusedReferenceVisionTransformer, never),
     }
 
 
@@ -132,6 +133,6 @@ def swaps() -> dict[type[nn.Module], Swap]:
 def declined() -> dict[type[nn.Module], tuple[str, str]]:
     """Classes of the reference model that are known and left alone."""
     return {
-        model.GluMlp: ("mlp", "gated MLP: no kernel has its gate in an epilogue"),
-        model.AttentionPool: ("attention", "attention pooling has one query and is not worth a kernel"),
+        parts.GluMlp: ("mlp", "gated MLP: no kernel has its gate in an epilogue"),
+        head.AttentionPool: ("attention", "attention pooling has one query and is not worth a kernel"),
     }

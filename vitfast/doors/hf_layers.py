@@ -1,7 +1,9 @@
 """Layers for `kernelize` of Hugging Face's package `kernels`.
 
+    from vitfast.doors import hf_layers
+
     kernels.replace_kernel_forward_from_hub(modeling_clip.CLIPMLP, "CLIPMLP")
-    with kernels.use_kernel_mapping(vitfast.hf_layers.mapping()):
+    with kernels.use_kernel_mapping(hf_layers.mapping()):
         kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cuda")
 
 `kernelize` borrows a layer's `forward` for an object of another class. So each class here has a forward of the same
@@ -18,9 +20,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import kernels
-from .adapters.transformers import ViTMLP as _FusedMLP
-from .layers import hooked, plain_linear
+from .. import kernels
+from ..adapters.transformers import ViTMLP as _FusedMLP
+from ..layers import hooked, plain_linear
 
 
 class LayerNorm(nn.Module):

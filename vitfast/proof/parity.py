@@ -1,128 +1,21 @@
-"""The tolerance rule, and what it says of a model.
-
-A kernel may err twice as much as torch does in the same dtype. Truth is the reference in float64 on the same rounded
-inputs and weights. The rule holds the largest error and the root mean square, each with a floor of one ulp of the
-result's scale, since torch can happen to be exact. It is flash-attention's rule, kept for ops and whole models alike.
-
-`compare` is the rule for two tensors; `parity` holds every replaced module of a model to it, and the model's output.
-"""
+"""Parity: every replaced module of a model, and the model's output, held to the tolerance rule of `vitfast.rule`."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .accelerate import accelerate, restore
-from .adapters import match
-from .architectures import create_model, list_models
-from .layers import FusedBlock, FusedLayer
-from .libraries import build, has_weights, library_of, tower
-from .precision import get_precision
-
-Model = TypeVar("Model", bound=nn.Module)
-
-FACTOR = 2.0
-"""How many times torch's own error is allowed."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Errors of a result and of torch's own, both absolute against float64.
-
-    Attributes:
-        worst: largest error.
-        rms: root-mean-square error.
-        baseline_worst, baseline_rms: the same of torch's result.
-        worst_limit, rms_limit: what the rule allows.
-        cosine: cosine similarity of the result and truth.
-        truth_rms: root mean square of truth, the scale of the errors.
-    """
-
-    worst: float
-    rms: float
-    baseline_worst: float
-    baseline_rms: float
-    worst_limit: float
-    rms_limit: float
-    cosine: float
-    truth_rms: float
-
-    @property
-    def relative(self) -> float:
-        """Error over truth, both in the Euclidean norm."""
-        return _ratio(self.rms, self.truth_rms)
-
-    @property
-    def baseline_relative(self) -> float:
-        """The same of torch's result."""
-        return _ratio(self.baseline_rms, self.truth_rms)
-
-    @property
-    def share(self) -> float:
-        """The larger of the two errors' shares of their limits: at most 1 where the rule holds, NaN for a NaN."""
-        shares = (_ratio(self.worst, self.worst_limit), _ratio(self.rms, self.rms_limit))
-        return next((s for s in shares if s != s), max(shares))
-
-    @property
-    def ok(self) -> bool:
-        """Whether the rule holds. A NaN anywhere breaks it."""
-        return self.worst <= self.worst_limit and self.rms <= self.rms_limit
-
-
-def _ratio(part: float, whole: float) -> float:
-    if whole == 0.0:
-        return 0.0 if part == 0.0 else float("inf")
-    return part / whole
-
-
-def _errors(x: Tensor, truth: Tensor) -> tuple[float, float]:
-    difference = x - truth
-    return difference.abs().max().item(), difference.square().mean().sqrt().item()
-
-
-def compare(actual: Tensor, truth: Tensor, baseline: Tensor) -> Comparison:
-    """Hold `actual` to the rule.
-
-    Args:
-        actual: the result under test, any shape and dtype.
-        truth: the same result computed in float64.
-        baseline: the same result by torch in `actual`'s dtype.
-
-    Raises:
-        ValueError: the shapes differ, or `actual` and `baseline` have different dtypes.
-    """
-    if not actual.shape == truth.shape == baseline.shape:
-        raise ValueError(
-            f"compare: shapes {list(actual.shape)}, {list(truth.shape)} (truth) and {list(baseline.shape)} (baseline);"
-            " expected one shape"
-        )
-    if actual.dtype != baseline.dtype:
-        raise ValueError(f"compare: dtype {actual.dtype}, but the baseline has {baseline.dtype}; expected one dtype")
-    if actual.numel() == 0:
-        return Comparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, cosine=1.0, truth_rms=0.0)
-    eps = torch.finfo(actual.dtype).eps
-    actual, truth, baseline = (t.detach().to("cpu", torch.float64) for t in (actual, truth, baseline))
-    worst, rms = _errors(actual, truth)
-    baseline_worst, baseline_rms = _errors(baseline, truth)
-    truth_rms = truth.square().mean().sqrt().item()
-    return Comparison(
-        worst,
-        rms,
-        baseline_worst,
-        baseline_rms,
-        worst_limit=FACTOR * baseline_worst + eps * truth.abs().max().item(),
-        rms_limit=FACTOR * baseline_rms + eps * truth_rms,
-        cosine=torch.nn.functional.cosine_similarity(actual.flatten(), truth.flatten(), dim=0).item(),
-        truth_rms=truth_rms,
-    )
+from ..accelerate import accelerate, restore
+from ..adapters import match
+from ..layers import FusedBlock, FusedLayer
+from ..precision import get_precision
+from ..rule import FACTOR, Comparison, compare
 
 
 @dataclass(frozen=True)
@@ -258,100 +151,6 @@ def _cells(c: Comparison) -> tuple[str, ...]:
         f"{100.0 * c.share:.0f} %",
         "ok" if c.ok else "BROKEN",
     )
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name; without one CUDA where torch sees it, else the CPU.
-
-    Raises:
-        ValueError: the name means nothing, or names a device that is not there.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r}; expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r}; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def seed_weights(model: Model, seed: int = 0) -> Model:
-    """Fill every parameter with seeded random values of a trained model's order of size, in place.
-
-    A freshly made model hides errors: its head is zero, its biases are zero, LayerScale is next to nothing. Here
-    matrices keep the variance of what passes through them, norms and LayerScale are near one, biases, tokens and
-    position embeddings are not zero. The values depend on the seed and on the parameters' order and shapes, not on the
-    device.
-
-    Args:
-        model: any model; its buffers stay.
-        seed: of the generator.
-
-    Returns:
-        `model`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                noise = 0.1 * noise if name.endswith("bias") else 1.0 + 0.1 * noise
-            elif name.endswith("weight"):
-                noise *= parameter[0].numel() ** -0.5
-            else:
-                noise *= 0.2
-            parameter.copy_(noise)
-    return model
-
-
-def build_model(
-    name: str, weights: str | Path | None = None, *, img_size: int | None = None, seed: int = 0
-) -> nn.Module:
-    """The model of a name in evaluation mode, with weights from a file or a folder, or seeded ones.
-
-    Of a model that takes text too it is the part that takes pixels.
-
-    Args:
-        name: one of `vitfast.list_models()`; a timm name, with `timm:` in front where both have it; `torchvision:NAME`,
-            `open_clip:NAME` or `transformers:NAME`; a folder that Transformers wrote, or a name of its hub.
-        weights: checkpoint file, for vitfast's and timm's models; None for `seed_weights`, except where a folder or a
-            hub has weights.
-        img_size: native image size, default the named one.
-        seed: for the seeded weights.
-
-    Raises:
-        ValueError: nobody has a model of that name, or weights or size do not fit it.
-        FileNotFoundError: there is no such weights file.
-        ImportError: a library is asked for and is not installed, or does not import.
-    """
-    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    ours = name in list_models()
-    library = None if ours else library_of(name)
-    model: nn.Module
-    if ours and weights is None:
-        # every value is about to be replaced, and drawing the first ones takes longer than all the rest
-        with torch.device("meta"):
-            model = create_model(name, **options)
-        model.to_empty(device="cpu")
-    elif library is None:
-        # for an unknown name this raises, with the close ones
-        model = create_model(name, weights, **options)
-    elif weights is None:
-        model = tower(build(name, img_size))
-        if has_weights(name):
-            return model.eval()
-    else:
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"there is no weights file {str(weights)!r}")
-        if library != "timm":
-            raise ValueError(f"weights: a file is read for vitfast's and timm's models, not for {name!r}")
-        model = build(name, img_size)
-        importlib.import_module("timm.models").load_checkpoint(model, str(weights))
-    return (seed_weights(model, seed) if weights is None else model).eval()
 
 
 @contextmanager
