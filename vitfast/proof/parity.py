@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from ..accelerate import accelerate, restore
 from ..adapters import match
 from ..layers import FusedBlock, FusedLayer
 from ..precision import get_precision
-from ..rule import FACTOR, Comparison, compare
+from ..rule import ALIKE, FACTOR, Comparison, compare
+from ..table import text_table
+from .draws import Draws, RandomState
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,13 @@ class Parity:
         Args:
             each: a row for every module, instead of the worst of each kind and original class.
         """
-        names = ("kind", "original", "worst at")
-        numbers = ("count", "max error", "limit", "relative", "torch's", "of limit", "rule")
-        table: list[tuple[str, ...]] = [(names[0], names[1], *numbers, names[2])]
-        for count, row in [(1, row) for row in self.modules] if each else self.groups():
-            where = row.module or "(model)"
-            table.append((row.kind, row.original, str(count), *_cells(row.comparison), where))
-        table.append(("output", "", "", *_cells(self.output), "(model)"))
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        left = (0, 1, 8, 9)
-        lines = []
-        for line in table:
-            cells = enumerate(zip(line, widths, strict=True))
-            lines.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in cells))
+        numbers = ("count", "max error", "limit", "relative", "torch's", "of limit")
+        rows = [
+            (row.kind, row.original, str(count), *_cells(row.comparison), row.module or "(model)")
+            for count, row in ([(1, row) for row in self.modules] if each else self.groups())
+        ]
+        rows.append(("output", "", "", *_cells(self.output), "(model)"))
+        lines = [text_table(("kind", "original", *numbers, "rule", "worst at"), rows, right=range(2, 8))]
         lines.append(f"output: cosine similarity with float64 {self.output.cosine:.9f}")
         if self.top1 is not None:
             lines.append(
@@ -119,7 +115,7 @@ class Parity:
                 f"(plain model: {self.top1.plain}), {self.top1.equal} of {self.top1.images} as in the plain model"
             )
         lines.append(self.verdict)
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()
@@ -192,28 +188,51 @@ def _double(value: Any) -> Any:
     return value
 
 
-class _Recorder:
+class _Modules:
     """Compares replaced modules while the plain model runs, so that no activation outlives its module's call."""
 
-    def __init__(self, plain: nn.Module, fused: nn.Module, truth: nn.Module) -> None:
+    def __init__(self, plain: nn.Module, fused: nn.Module, truth: nn.Module, draws: Draws | None) -> None:
         self.rows: dict[str, ModuleParity] = {}
         self._models = (plain, fused, truth)
+        self._draws = draws
+        # of the modules that run now, from the outermost: the state at the start, and what was drawn before
+        self._started: list[tuple[RandomState, int]] = []
 
-    def hook(self, name: str) -> Any:
-        """A forward hook for the plain module of that name."""
-        _, fused, truth = (model.get_submodule(name) for model in self._models)
+    def watch(self, name: str) -> Iterator[Any]:
+        """Hooks on the plain module of that name, to be removed."""
+        module, fused, truth = (model.get_submodule(name) for model in self._models)
 
-        def compare_call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            exact = first_tensor(truth(*_double(args), **_double(kwargs)))
-            self.add(name, fused, compare(first_tensor(fused(*args, **kwargs)), exact, first_tensor(output)))
+        def start(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._draws is not None:
+                self._started.append((RandomState(module), len(self._draws.made)))
 
-        return compare_call
+        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._draws is None:
+                actual, exact = fused(*args, **kwargs), truth(*_double(args), **_double(kwargs))
+            else:
+                (state, drawn), after = self._started.pop(), RandomState(module)
+                with self._draws.paused():
+                    state.restore(fused)
+                    actual = fused(*args, **kwargs)
+                    state.restore(truth)
+                    with Draws(self._draws.made[drawn:]) as given:
+                        exact = truth(*_double(args), **_double(kwargs))
+                given.finish()
+                after.restore(module)
+            self.add(name, fused, _compare(first_tensor(actual), first_tensor(exact), first_tensor(output)))
+
+        yield module.register_forward_pre_hook(start, with_kwargs=True)
+        yield module.register_forward_hook(end, with_kwargs=True)
 
     def add(self, name: str, fused: Any, comparison: Comparison) -> None:
         row = ModuleParity(name, fused.kind, fused.replaces.__name__, type(fused).__name__, comparison)
         known = self.rows.get(name)
         if known is None or _severity(row) > _severity(known):
             self.rows[name] = row
+
+
+def _compare(actual: Tensor, truth: Tensor, baseline: Tensor) -> Comparison:
+    return compare(actual, truth, baseline, least_cosine=ALIKE)
 
 
 @contextmanager
@@ -245,7 +264,11 @@ def parity(model: nn.Module, pixels: Tensor, precision: str = "fp32", *, only: C
     Truth is the plain model in float64 with the weights and pixels that the tested precision has. Each replaced module
     gets the input that the plain model gives it in that precision, so errors of modules do not add up in its row. A
     replaced model class (prefix tokens and position embedding in the patch-embed kernel) is judged by the tokens that
-    enter the first block. Works on copies: `model` stays as it is.
+    enter the first block. Works on copies: `model` stays as it is, and so does the state of every generator.
+
+    Every forward that is compared starts from the same state of every generator. If the plain model draws random
+    numbers in evaluation, float64 gets those that the tested precision drew. An output that is not like truth (cosine
+    similarity below `vitfast.rule.ALIKE`) breaks the rule, however large torch's own error is.
 
     Args:
         model: plain or accelerated; a copy of it is restored, set to evaluation mode and accelerated anew.
@@ -254,7 +277,8 @@ def parity(model: nn.Module, pixels: Tensor, precision: str = "fp32", *, only: C
         only: kinds of replacement, see `vitfast.accelerate`.
 
     Raises:
-        ValueError: an unknown precision or kind, or nothing in the model can be replaced.
+        ValueError: an unknown precision or kind, nothing in the model can be replaced, or it draws random numbers in a
+            way that float64 cannot repeat.
     """
     policy = get_precision(precision)
     pixels = pixels.to(policy.dtype)
@@ -265,22 +289,34 @@ def parity(model: nn.Module, pixels: Tensor, precision: str = "fp32", *, only: C
     if not replaced:
         raise ValueError(f"nothing in this {type(model).__name__} can be replaced; vitfast.report(model) says why")
 
-    recorder = _Recorder(plain, fused, truth)
-    with _first_block_input(truth) as exact_tokens:
-        exact = first_tensor(truth(pixels.double()))
-    with ExitStack() as stack:
-        stack.enter_context(fp32_products(pixels.device, policy.tf32))
-        actual_tokens = stack.enter_context(_first_block_input(fused))
-        plain_tokens = stack.enter_context(_first_block_input(plain))
-        actual = first_tensor(fused(pixels))
-        # hooks come after the accelerated run, and only the plain model has them
-        for name in replaced:
-            if name:
-                module = plain.get_submodule(name)
-                stack.callback(module.register_forward_hook(recorder.hook(name), with_kwargs=True).remove)
-        baseline = first_tensor(plain(pixels))
+    state = RandomState(plain)
+    try:
+        with fp32_products(pixels.device, policy.tf32):
+            with _first_block_input(plain) as plain_tokens:
+                baseline = first_tensor(plain(pixels))
+            draws = Draws() if state.moved(plain) else None
+            state.restore(fused)
+            with _first_block_input(fused) as actual_tokens:
+                actual = first_tensor(fused(pixels))
+            modules = _Modules(plain, fused, truth, draws)
+            state.restore(plain)
+            with ExitStack() as stack:
+                # hooks come after the accelerated run, and only the plain model has them
+                for name in filter(None, replaced):
+                    for handle in modules.watch(name):
+                        stack.callback(handle.remove)
+                stack.enter_context(draws or nullcontext())
+                plain(pixels)
+        state.restore(truth)
+        given = None if draws is None else Draws(draws.made)
+        with given or nullcontext(), _first_block_input(truth) as exact_tokens:
+            exact = first_tensor(truth(pixels.double()))
+        if given is not None:
+            given.finish()
+    finally:
+        state.restore(plain)
     if "" in replaced and exact_tokens:
-        recorder.add("", fused, compare(actual_tokens[0], exact_tokens[0], plain_tokens[0]))
+        modules.add("", fused, _compare(actual_tokens[0], exact_tokens[0], plain_tokens[0]))
 
     top1 = None
     if exact.ndim == 2 and getattr(model, "num_classes", None) != 0:
@@ -291,7 +327,7 @@ def parity(model: nn.Module, pixels: Tensor, precision: str = "fp32", *, only: C
         policy.name,
         str(pixels.device),
         tuple(pixels.shape),
-        tuple(recorder.rows.values()),
-        compare(actual, exact, baseline),
+        tuple(modules.rows.values()),
+        _compare(actual, exact, baseline),
         top1,
     )
