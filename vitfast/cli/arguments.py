@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import models
 
@@ -29,37 +30,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"vitfast: error: {message} (see `{self.prog} --help`)\n")
 
 
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return value
+def _number(kind: type, accepts: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
 
 
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
-
-
-def percent(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 100.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage of at least 0 and below 100")
-    return value
+positive = _number(int, lambda value: value >= 1, "a positive integer")
+seconds = _number(float, lambda value: 0.0 < value < float("inf"), "a positive number of seconds")
+percent = _number(float, lambda value: 0.0 <= value < 100.0, "a percentage of at least 0 and below 100")
 
 
 def shared(seed_of: str, precision: str) -> Parser:
+    """Parent of the commands that build a model: what the seed is of, and what the precision is for."""
     from ..precision import PRECISIONS
 
     parent = Parser(add_help=False)
@@ -72,7 +62,8 @@ def shared(seed_of: str, precision: str) -> Parser:
     return parent
 
 
-def parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of the whole command line; `run` of what it parses is the function to call."""
     from .. import __version__
     from ..layers import KINDS
 
@@ -108,7 +99,7 @@ def parser() -> Parser:
     demo.add_argument(
         "--seconds", type=seconds, default=8.0, help="time for the throughput measurement (default %(default)g)"
     )
-    demo.set_defaults(run=models.demo)
+    demo.set_defaults(run=models.demo_command)
 
     parity = commands.add_parser(
         "parity",
@@ -121,7 +112,7 @@ def parser() -> Parser:
     parity.add_argument("--batch", type=positive, default=2, help="number of images (default %(default)s)")
     parity.add_argument("--img-size", type=positive, metavar="N", help="image size (default: the model's own)")
     parity.add_argument("--all", action="store_true", help="one line per module instead of one per kind")
-    parity.set_defaults(run=models.parity)
+    parity.set_defaults(run=models.parity_command)
 
     report = commands.add_parser(
         "report",
@@ -132,7 +123,7 @@ def parser() -> Parser:
     )
     report.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     report.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND", help=f"some of {', '.join(KINDS)}")
-    report.set_defaults(run=models.report)
+    report.set_defaults(run=models.report_command)
 
     attend = commands.add_parser(
         "attend",
@@ -151,7 +142,7 @@ def parser() -> Parser:
     )
     which.add_argument("--heads", type=int, metavar="LAYER", help="the heads of this layer, each for itself")
     attend.add_argument("--rollout", action="store_true", help="the attention rollout too")
-    attend.set_defaults(run=models.attend)
+    attend.set_defaults(run=models.attend_command)
 
     doctor = commands.add_parser(
         "doctor",
@@ -160,7 +151,7 @@ def parser() -> Parser:
         "missing. Exit status 1 when something is broken.",
         parents=[common],
     )
-    doctor.set_defaults(run=models.doctor)
+    doctor.set_defaults(run=models.doctor_command)
 
     for command in sorted(entry_points(group="vitfast.commands"), key=lambda entry: entry.name):
         command.load()(commands, common)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .arguments import parser
+from .arguments import make_parser
 
 
 def _one_line(error: Exception) -> str:
@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, see the module's docstring.
     """
+    options = None
     try:
-        options = parser().parse_args(argv)
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 2
-    try:
+        options = make_parser().parse_args(argv)
         status: int = options.run(options)
         # a reader that went away shows here, not at interpreter shutdown
         sys.stdout.flush()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
         print("vitfast: interrupted", file=sys.stderr)
         return 130

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 
-def demo(options: argparse.Namespace) -> int:
+def demo_command(options: argparse.Namespace) -> int:
     from ..demo import run_demo
 
     result = run_demo(
@@ -26,7 +26,7 @@ def demo(options: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
-def parity(options: argparse.Namespace) -> int:
+def parity_command(options: argparse.Namespace) -> int:
     import torch
 
     from ..proof.libraries import has_weights, image_shape
@@ -49,7 +49,7 @@ def parity(options: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
-def report(options: argparse.Namespace) -> int:
+def report_command(options: argparse.Namespace) -> int:
     import torch
 
     from .. import accelerate, create_model, list_models, report
@@ -67,7 +67,7 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
-def attend(options: argparse.Namespace) -> int:
+def attend_command(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from PIL import Image
@@ -120,7 +120,7 @@ def _spec(name: str, model: Any) -> Any:
     return image_spec(library("transformers").AutoImageProcessor.from_pretrained(plain))
 
 
-def doctor(options: argparse.Namespace) -> int:
+def doctor_command(options: argparse.Namespace) -> int:
     from ..doctor import doctor
 
     diagnosis = doctor()
@@ -129,4 +129,5 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def progress(message: str) -> None:
+    """A line on what is being done, apart from the results on standard output."""
     print(message, file=sys.stderr, flush=True)
