@@ -142,7 +142,10 @@ def test_metadata(wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
     runtime = {Requirement(r).name for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
     assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow"}
-    assert "vitfast = vitfast.cli.main:main" in entry_points.replace("=", " = ").replace("  ", " ")
+    entry_points = re.sub(" *= *", " = ", entry_points)
+    assert "vitfast = vitfast.cli.main:main" in entry_points
+    commands = entry_points.partition("[vitfast.commands]\n")[2].splitlines()
+    assert commands[:2] == ["bench = vitfast.benchmarks.cli:bench", "tune = vitfast.benchmarks.cli:tune"]
 
 
 def test_the_changelog_knows_the_version() -> None:
