@@ -90,7 +90,7 @@ class Diagnosis(NamedTuple):
         return not self.problems
 
     def __str__(self) -> str:
-        gpus = [
+        gpus: list[tuple[str, ...]] = [
             (g.name, f"capability {g.capability}", f"{g.memory / 2**30:.0f} GiB", f"{g.multiprocessors} SMs")
             for g in self.gpus
         ]

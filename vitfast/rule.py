@@ -3,6 +3,7 @@
 A kernel may err twice as much as torch does in the same dtype. Truth is the reference in float64 on the same rounded
 inputs and weights. The rule holds the largest error and the root mean square, each with a floor of one ulp of the
 result's scale, since torch can happen to be exact. It is flash-attention's rule, kept for ops and whole models alike.
+Where torch itself is far from truth it allows anything, so outputs of layers and models must resemble truth besides.
 """
 
 from __future__ import annotations

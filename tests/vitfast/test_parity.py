@@ -176,6 +176,7 @@ DRAWS = {
     "dropout": lambda x, _: F.dropout(x, 0.5, True),
     "normal noise, other numbers in float64": lambda x, _: x + torch.randn_like(x),
     "uniform noise of the default dtype": lambda x, _: x * torch.rand(x.shape[:2])[..., None].to(x.dtype),
+    "dropout as on a GPU": lambda x, _: torch.native_dropout(x, 0.5, True)[0],
     "a shuffle": lambda x, _: x[:, torch.randperm(x.shape[1])],
     "attention dropout": lambda x, _: x + F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
     "a generator of the module": lambda x, own: x + torch.randn(x.shape, generator=own, dtype=x.dtype),
@@ -205,6 +206,18 @@ def test_a_model_that_draws_gets_the_same_numbers_every_time(draw, precision, mo
     found = parity(model, pixels, precision)
     assert not found.output.ok
     assert {"blocks.0.attn", "blocks.1.attn", "blocks.0"} <= {r.module for r in found.broken}
+
+
+def test_a_masked_autoencoder_is_judged_under_one_mask(monkeypatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    model = seed_weights(transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, image_size=64, patch_size=16)))
+    found = parity(model.eval(), torch.randn(2, 3, 64, 64))
+    assert found.ok, str(found)
+    assert found.output.cosine > 0.999
+    right = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    assert not parity(model, torch.randn(2, 3, 64, 64)).output.ok
 
 
 def test_numbers_that_float64_cannot_have_are_an_error() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,9 +18,8 @@ class Features(nn.Module):
     blocks: nn.Sequential
     norm: nn.Module
     num_prefix_tokens: int
-
-    def _encode(self, pixels: Tensor, depth: int, take: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        raise NotImplementedError
+    # (images, depth, blocks to take) to the output of so many blocks, and the outputs of those taken
+    _encode: Callable[[Tensor, int, Sequence[int]], tuple[Tensor, list[Tensor]]]
 
     def forward_intermediates(
         self,
