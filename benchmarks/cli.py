@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from vitfast.cli.arguments import percent, positive, seconds
-from vitfast.cli.models import progress
+from vitfast.cli.models import say
 
 
 def bench(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -134,7 +134,7 @@ def _bench(options: argparse.Namespace) -> int:
     written = report.write(result, out)
     print(report.markdown(result))
     for path in written:
-        progress(f"wrote {path}")
+        say(f"wrote {path}")
     return 1 if any(row.status == "failed parity" and row.candidate.startswith("vitfast") for row in result.rows) else 0
 
 
@@ -177,7 +177,7 @@ def _tune(options: argparse.Namespace) -> int:
             fold=fold,
             ops=options.ops,
             out=None if options.out is None else Path(options.out),
-            say=progress,
+            say=say,
         )
         print(result)
     return 0

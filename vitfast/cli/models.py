@@ -20,7 +20,7 @@ def demo_command(options: argparse.Namespace) -> int:
         seconds=options.seconds,
         seed=options.seed,
         device=options.device,
-        log=progress,
+        log=say,
     )
     print(result)
     return 0 if result.ok else 1
@@ -103,7 +103,7 @@ def attend_command(options: argparse.Namespace) -> int:
         + ("the class token sees them" if maps.has_class_token else "they see each other, on average")
         + f"; tokens in front of them: {maps.num_prefix_tokens}"
     )
-    progress(f"wrote {out}")
+    say(f"wrote {out}")
     return 0
 
 
@@ -128,6 +128,6 @@ def doctor_command(options: argparse.Namespace) -> int:
     return 0 if diagnosis.ok else 1
 
 
-def progress(message: str) -> None:
+def say(message: str) -> None:
     """A line on what is being done, apart from the results on standard output."""
     print(message, file=sys.stderr, flush=True)
