@@ -106,7 +106,7 @@ def make_parser() -> Parser:
         help="error of every replaced module and of the whole model against float64",
         description="Error of every replaced module and of the whole accelerated model against float64, beside "
         "torch's own error in the same precision. Exit status 1 when the tolerance rule is broken.",
-        parents=[common, shared("the seeded weights and pixels", "what to test (default fp32)")],
+        parents=[common, shared("the seeded weights, pixels and draws", "what to test (default fp32)")],
     )
     parity.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parity.add_argument("--batch", type=positive, default=2, help="number of images (default %(default)s)")

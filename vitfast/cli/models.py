@@ -42,6 +42,8 @@ def parity_command(options: argparse.Namespace) -> int:
     pixels = torch.randn(options.batch, channels, *size, generator=generator).to(device)
     trained = options.weights or (options.model if has_weights(options.model) else None)
     source = f"weights of {trained}" if trained else f"seeded random weights (seed {options.seed})"
+    # for a model that draws in evaluation
+    torch.manual_seed(options.seed)
     result = parity(model, pixels, options.precision or "fp32")
     shape = "x".join(map(str, result.shape))
     print(f"{options.model}, {source}, {result.precision} on {result.device}, random pixels {shape}")
