@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
 import vitfast
-from vitfast.parity import fp32_products, seed_weights
+from vitfast.proof.parity import fp32_products
+from vitfast.proof.subjects import seed_weights
 
 from . import measure
 from .measure import Ceilings

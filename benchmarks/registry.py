@@ -31,8 +31,9 @@ from vitfast.kernels import (
     relative_attention_ref,
     window_attention_ref,
 )
-from vitfast.libraries import image_shape, library
-from vitfast.parity import build_model, first_tensor
+from vitfast.proof.libraries import image_shape, library
+from vitfast.proof.parity import first_tensor
+from vitfast.proof.subjects import build_model
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import preprocess
-from vitfast.parity import compare
+from vitfast.rule import compare
 
 from . import measure
 from .peers import Peer, peers, train_step

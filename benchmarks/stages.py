@@ -228,8 +228,9 @@ def _tests(plan: Plan) -> list[Item]:
 
 
 def _parity(plan: Plan) -> list[Item]:
-    from vitfast.libraries import image_shape
-    from vitfast.parity import build_model, parity
+    from vitfast.proof.libraries import image_shape
+    from vitfast.proof.parity import parity
+    from vitfast.proof.subjects import build_model
 
     def run(model: str, precision: str, batch: int, seconds: float) -> dict[str, Any]:
         built: Any = build_model(model, img_size=32 if plan.dry else None).to(plan.device)
@@ -677,7 +678,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _say_what_does_not_import() -> None:
-    for name in ("vitfast.parity", "vitfast.benchmarks.run", "vitfast.benchmarks.tune", "vitfast.benchmarks.profile"):
+    own = ("vitfast.benchmarks.run", "vitfast.benchmarks.tune", "vitfast.benchmarks.profile")
+    for name in ("vitfast.proof.parity", *own):
         try:
             importlib.import_module(name)
         except Exception as error:

@@ -44,7 +44,9 @@ from vitfast.kernels._triton import cdiv, next_power_of_2
 from vitfast.kernels.attention import split_head_dim
 from vitfast.kernels.linear import STATS_WIDTH
 from vitfast.layers import KINDS
-from vitfast.parity import compare, fp32_products, seed_weights
+from vitfast.proof.parity import fp32_products
+from vitfast.proof.subjects import seed_weights
+from vitfast.rule import compare
 
 from . import measure
 from .registry import DTYPES, MODELS

@@ -1,10 +1,10 @@
-"""The only tolerance rule of the tests; what it says stands in `vitfast.parity`."""
+"""The only tolerance rule of the tests; what it says stands in `vitfast.rule`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from vitfast.parity import FACTOR, compare
+from vitfast.rule import FACTOR, compare
 
 
 def assert_close(actual: Tensor, truth: Tensor, baseline: Tensor, *, name: str = "output") -> None:

@@ -1,14 +1,15 @@
 """vitfast: a drop-in fast Vision Transformer for PyTorch."""
 
-from .architectures import create_model, list_models
 from .attention_maps import attention_maps, grad_rollout, overlay, rollout
-from .model import VisionTransformer
-from .parity import compare, parity
+from .doors.register import register
 from .preprocess import ImageSpec, image_spec, preprocess
-from .register import register
+from .proof.parity import parity
+from .reference.architectures import create_model, list_models
+from .reference.vit import VisionTransformer
+from .reference.weights.load import load_weights
+from .rule import compare
 from .swap.accelerate import accelerate, refresh, restore
 from .swap.report import Report, report
-from .weights import load_weights
 
 __version__ = "0.1.0.dev0"
 

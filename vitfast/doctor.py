@@ -13,59 +13,34 @@ import re
 import shutil
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
+from typing import NamedTuple
 
 import torch
 
 from . import __version__, kernels
 from .kernels import _config
 from .kernels._triton import HAS_TRITON
+from .table import text_table
 
-# distribution, module, what vitfast has from it, how to get it
+_CUDA_BUILD = ", beside a CUDA build of torch"
+# distribution, module, what vitfast has from it, extra that installs it, what to mind
 _OPTIONAL = (
-    ("timm", "timm", "its Vision Transformers can be accelerated", 'pip install "vitfast[timm]"'),
-    (
-        "transformers",
-        "transformers",
-        'its vision models can be accelerated; attn_implementation="vitfast"',
-        'pip install "vitfast[transformers]"',
-    ),
-    (
-        "torchvision",
-        "torchvision",
-        "its ViT and Swin can be accelerated; timm imports it",
-        'pip install "vitfast[torchvision]", of the same build as torch',
-    ),
-    ("open_clip_torch", "open_clip", "its vision towers can be accelerated", 'pip install "vitfast[open-clip]"'),
-    ("matplotlib", "matplotlib", "carries the demo's photograph", 'pip install "vitfast[dev]", or demo --image FILE'),
-    (
-        "flash-attn",
-        "flash_attn",
-        'accelerate(attention="flash_attn"); to compare with',
-        'pip install "vitfast[flash-attn]", beside a CUDA build of torch',
-    ),
-    (
-        "xformers",
-        "xformers",
-        'accelerate(attention="xformers"); to compare with',
-        'pip install "vitfast[xformers]", beside a CUDA build of torch',
-    ),
+    ("timm", "timm", "its Vision Transformers can be accelerated", "timm", ""),
+    ("transformers", "transformers", 'its vision models, too; attn_implementation="vitfast"', "transformers", ""),
+    ("torchvision", "torchvision", "its ViT and Swin, too; timm imports it", "torchvision", ", of torch's own build"),
+    ("open_clip_torch", "open_clip", "its vision towers, too", "open-clip", ""),
+    ("matplotlib", "matplotlib", "carries the demo's photograph", "dev", ", or demo --image FILE"),
+    ("flash-attn", "flash_attn", 'accelerate(attention="flash_attn"); to compare with', "flash-attn", _CUDA_BUILD),
+    ("xformers", "xformers", 'accelerate(attention="xformers"); to compare with', "xformers", _CUDA_BUILD),
 )
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One CUDA device.
-
-    Attributes:
-        name: as CUDA has it.
-        capability: such as "9.0".
-        memory: in bytes.
-        multiprocessors: their number.
-    """
+class Gpu(NamedTuple):
+    """One CUDA device: its name as CUDA has it, capability such as "9.0", bytes of memory, multiprocessors."""
 
     name: str
     capability: str
@@ -73,31 +48,16 @@ class Gpu:
     multiprocessors: int
 
 
-@dataclass(frozen=True)
-class Op:
-    """How one op runs.
-
-    Attributes:
-        name: in `vitfast.kernels`.
-        device: "cpu" or "cuda:0", ...
-        how: in words.
-    """
+class Op(NamedTuple):
+    """How one op of `vitfast.kernels` runs on a device, in words."""
 
     name: str
     device: str
     how: str
 
 
-@dataclass(frozen=True)
-class Package:
-    """An optional package.
-
-    Attributes:
-        name: of the distribution.
-        version: installed one, None where there is none.
-        purpose: what vitfast has from it.
-        remedy: how to install it.
-    """
+class Package(NamedTuple):
+    """An optional package: its version, None where it is missing, what vitfast has from it, how to install it."""
 
     name: str
     version: str | None
@@ -105,8 +65,7 @@ class Package:
     remedy: str
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(NamedTuple):
     """What `doctor` found. `str()` gives the page.
 
     Attributes:
@@ -131,32 +90,20 @@ class Diagnosis:
         return not self.problems
 
     def __str__(self) -> str:
-        lines = ["versions", *_table([[name, version] for name, version in self.versions])]
-        lines += ["", "GPUs"]
-        gpus = [
-            [g.name, f"capability {g.capability}", f"{g.memory / 2**30:.0f} GiB", f"{g.multiprocessors} SMs"]
+        gpus: list[tuple[str, ...]] = [
+            (g.name, f"capability {g.capability}", f"{g.memory / 2**30:.0f} GiB", f"{g.multiprocessors} SMs")
             for g in self.gpus
         ]
-        lines += _table(gpus) or ["  none that torch sees"]
-        lines += ["", "how the kernels run here", *_table([[op.name, op.device, op.how] for op in self.ops])]
-        lines += ["", "optional packages"]
-        lines += _table(
-            [
-                [package.name, package.version or "missing", package.purpose if package.version else package.remedy]
-                for package in self.packages
-            ]
-        )
-        lines += [""] + [f"note: {note}" for note in self.notes]
-        lines += [f"problem: {problem}" for problem in self.problems]
-        lines.append("nothing is broken" if self.ok else f"{len(self.problems)} broken")
-        return "\n".join(lines)
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    if not rows:
-        return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        packages = [(p.name, p.version or "missing", p.purpose if p.version else p.remedy) for p in self.packages]
+        sections = {
+            "versions": self.versions,
+            "GPUs": gpus or [("none that torch sees",)],
+            "how the kernels run here": self.ops,
+            "optional packages": packages,
+        }
+        pages = [f"{title}\n{indent(text_table((), rows), '  ')}\n" for title, rows in sections.items()]
+        pages += [f"note: {note}" for note in self.notes] + [f"problem: {problem}" for problem in self.problems]
+        return "\n".join([*pages, "nothing is broken" if self.ok else f"{len(self.problems)} broken"])
 
 
 def _installed(distribution: str, module: str | None = None) -> str | None:
@@ -196,11 +143,7 @@ def python_header() -> Path | None:
 
 
 def how_ops_run(device: torch.device) -> tuple[Op, ...]:
-    """How each op runs on a device, from the kernels' own conditions.
-
-    Args:
-        device: "cpu" or a CUDA device.
-    """
+    """How each op runs on the CPU or a CUDA device, from the kernels' own conditions."""
     names = ("patch_embed", "layer_norm", "add_layer_norm", "row_stats", "attention", "window_attention", "linear")
     if device.type == "cuda" and HAS_TRITON:
         arch = _config.arch(device)
@@ -270,14 +213,14 @@ def _findings(packages: tuple[Package, ...]) -> tuple[list[str], list[str]]:
         text = "triton cannot be imported: pip install triton" if linux else "triton has no build for this system"
         (problems if cuda else notes).append(f"{text}; without it the kernels do not run on a GPU")
     elif torch.version.hip is None:
-        missing = []
-        if c_compiler() is None:
-            missing.append("no C compiler (CC, gcc or clang): apt install gcc, or your system's equivalent")
-        if python_header() is None:
-            version = f"{sys.version_info.major}.{sys.version_info.minor}"
-            missing.append(f"no Python.h of {version}: apt install python{version}-dev, or your system's equivalent")
-        for text in missing:
-            (problems if cuda else notes).append(f"{text}; Triton compiles its launcher with it on a GPU machine")
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        for found, missing, package in (
+            (c_compiler(), "C compiler (CC, gcc or clang)", "gcc"),
+            (python_header(), f"Python.h of {version}", f"python{version}-dev"),
+        ):
+            if found is None:
+                text = f"no {missing}: apt install {package}, or your system's equivalent"
+                (problems if cuda else notes).append(f"{text}; Triton compiles its launcher with it on a GPU machine")
     if kernels.INTERPRET and cuda:
         problems.append("TRITON_INTERPRET=1 is set beside a GPU: unset it, or every kernel is interpreted")
 
@@ -301,22 +244,23 @@ def doctor() -> Diagnosis:
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
         ("triton", _installed("triton", "triton") or "missing"),
-        ("CUDA of torch", torch.version.cuda or "none (CPU build)"),
+        ("ROCm of torch", torch.version.hip)
+        if torch.version.hip
+        else ("CUDA of torch", torch.version.cuda or "none (CPU build)"),
         ("NVIDIA driver", _driver() or "none"),
         ("C compiler", c_compiler() or "none"),
         ("Python.h", str(python_header() or "none")),
         ("torch threads", str(torch.get_num_threads())),
     ]
-    if torch.version.hip:
-        versions[4] = ("ROCm of torch", torch.version.hip)
     gpus, devices = [], [torch.device("cpu")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            seen = torch.cuda.get_device_properties(index)
-            gpus.append(Gpu(seen.name, f"{seen.major}.{seen.minor}", seen.total_memory, seen.multi_processor_count))
+            it = torch.cuda.get_device_properties(index)
+            gpus.append(Gpu(it.name, f"{it.major}.{it.minor}", it.total_memory, it.multi_processor_count))
         devices.insert(0, torch.device("cuda", 0))
     packages = tuple(
-        Package(name, _installed(name, module), purpose, remedy) for name, module, purpose, remedy in _OPTIONAL
+        Package(name, _installed(name, module), purpose, f'pip install "vitfast[{extra}]"{besides}')
+        for name, module, purpose, extra, besides in _OPTIONAL
     )
     notes, problems = _findings(packages)
     ops = tuple(op for device in devices for op in how_ops_run(device))

@@ -338,7 +338,7 @@ def test_an_item_that_loses_the_device_is_the_last_of_its_process(
 
 def test_broken_parity_is_told_and_kept(plan: stages.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     # the package's own `parity` is the function
-    module = importlib.import_module("vitfast.parity")
+    module = importlib.import_module("vitfast.proof.parity")
     build = module.build_model
 
     def spoilt(*args: Any, **options: Any) -> torch.nn.Module:

@@ -32,7 +32,7 @@ Written by `{COMMAND}`; nothing here is typed by hand.
 Each architecture is the library's own class with its own options, of two blocks or two stages, with random weights and
 images of a few patches, in fp32 on a CPU. Each {PROVED} is a test in
 [tests/vitfast/test_support.py](../tests/vitfast/test_support.py) that holds the accelerated model to the untouched one
-under [the tolerance rule](../vitfast/parity.py), and every run of the tests holds this page to what they find.
+under [the tolerance rule](../vitfast/rule.py), and every run of the tests holds this page to what they find.
 For a model at hand, `vitfast.report(model)` says what is replaced and why the rest is not.
 
 | column | {PROVED} proves |

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests._close import assert_close
-from vitfast.architectures import ARCHITECTURES, create_model, list_models
+from vitfast.reference.architectures import ARCHITECTURES, create_model, list_models
 
 # module classes under both libraries' names
 KINDS = {"GELUTanh": "GELU", "GluMlp": "GluMlp", "PatchEmbed": "PatchEmbed"}

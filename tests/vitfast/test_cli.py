@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +17,17 @@ import torch
 from PIL import Image
 
 import vitfast
-from vitfast import cli, kernels
-from vitfast.architectures import ARCHITECTURES
+from vitfast import kernels
 from vitfast.attention_maps import draw
 from vitfast.benchmarks import measure
 from vitfast.benchmarks.results import Row, Run, load
+from vitfast.cli import arguments, models
+from vitfast.cli.main import main
 from vitfast.demo import load_image, look, sample_image
 from vitfast.doctor import Diagnosis
-from vitfast.parity import parity, seed_weights
+from vitfast.proof.parity import parity
+from vitfast.proof.subjects import seed_weights
+from vitfast.reference.architectures import ARCHITECTURES
 
 TINY = {
     **ARCHITECTURES["vit_tiny_patch16_224"],
@@ -44,7 +49,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(capsys: pytest.CaptureFixture, *argv: str) -> tuple[int, str, str]:
-    status = cli.main(argv)
+    status = main(argv)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -175,7 +180,7 @@ def test_parity_reads_a_checkpoint(capsys, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "replaced", "kept"),
     [
-        ("vit_base_patch16_224", "VisionTransformer of vitfast.model", "FusedReferenceBlock", None),
+        ("vit_base_patch16_224", "VisionTransformer of vitfast.reference.vit", "FusedReferenceBlock", None),
         ("timm:vit_base_patch16_224", "VisionTransformer of timm.models.vision_transformer", "FusedTimmBlock", None),
         (
             "vit_base_patch16_rpn_224",
@@ -291,7 +296,7 @@ def test_an_interrupt_is_130(capsys, monkeypatch) -> None:
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupted)
+    monkeypatch.setattr(models, "doctor_command", interrupted)
     assert run(capsys, "doctor") == (130, "", "vitfast: interrupted\n")
 
 
@@ -299,13 +304,29 @@ def test_an_unexpected_error_is_named_and_its_traceback_can_be_had(capsys, monke
     def failing(options):
         raise RuntimeError("out of\nluck")
 
-    monkeypatch.setattr(cli, "_doctor", failing)
+    monkeypatch.setattr(models, "doctor_command", failing)
     status, _, err = run(capsys, "doctor")
     assert status == 2
     assert one_error(err) == "vitfast: error: RuntimeError: out of luck\n"
     for argv in (["--traceback", "doctor"], ["doctor", "--traceback"]):
         with pytest.raises(RuntimeError, match="luck"):
-            cli.main(argv)
+            main(argv)
+
+
+def test_an_installed_package_adds_a_command_and_a_broken_one_is_named(capsys, monkeypatch) -> None:
+    def add(commands, common) -> None:
+        parser = commands.add_parser("hello", help="from elsewhere", parents=[common])
+        parser.set_defaults(run=lambda options: print("hello") or 3)
+
+    entry = EntryPoint("hello", "elsewhere:add", "vitfast.commands")
+    monkeypatch.setattr(arguments, "entry_points", lambda group: [entry])
+    monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace(add=add))
+    assert run(capsys, "hello") == (3, "hello\n", "")
+    assert "from elsewhere" in run(capsys, "--help")[1]
+    monkeypatch.setitem(sys.modules, "elsewhere", None)
+    status, _, err = run(capsys, "doctor")
+    assert status == 2
+    assert "elsewhere" in one_error(err)
 
 
 def test_as_a_program_with_a_reader_that_goes_away() -> None:

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 import vitfast
-from vitfast import cli, demo, kernels
-from vitfast.architectures import ARCHITECTURES
+from vitfast import demo, kernels
 from vitfast.attention_maps import attention_maps, rollout
+from vitfast.cli.main import main
 from vitfast.demo import Interpreted, Timing, load_image, look, measure, run_demo
-from vitfast.parity import build_model, parity, seed_weights
+from vitfast.proof.parity import parity
+from vitfast.proof.subjects import build_model, seed_weights
+from vitfast.reference.architectures import ARCHITECTURES
 
 TINY = {
     **ARCHITECTURES["vit_tiny_patch16_224"],
@@ -175,7 +177,7 @@ def test_a_wrong_kernel_is_on_the_page_and_in_the_status(photo, tmp_path, monkey
     monkeypatch.setattr(kernels, "attention_qkv", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     monkeypatch.setattr(demo, "_interpret_in_child", lambda: Interpreted(True, 1, 0.0, 1.0))
     argv = ["demo", "--model", "vit_test", "--image", str(photo), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert cli.main([*argv, "--seconds", "0.05"]) == 1
+    assert main([*argv, "--seconds", "0.05"]) == 1
     captured = capsys.readouterr()
     assert "the rule is broken" in captured.out
     assert "measuring throughput" in captured.err
@@ -270,7 +272,7 @@ def test_what_is_no_picture_is_one_line_with_the_file_and_the_formats(kind, tmp_
     elif kind != "missing":
         whole = photo.read_bytes()
         file.write_bytes({"text": b"not a picture", "truncated": whole[: len(whole) // 2], "empty": b""}[kind])
-    status = cli.main(["demo", "--model", "vit_test", "--image", str(file), "--out", str(tmp_path / "out")])
+    status = main(["demo", "--model", "vit_test", "--image", str(file), "--out", str(tmp_path / "out")])
     err = capsys.readouterr().err
     assert status == 2
     assert err.startswith("vitfast: error: ")

@@ -397,7 +397,7 @@ def test_both_on_a_gpu(build, dtype, calls):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_huge_patch14_224"])
 def test_both_at_real_sizes_on_a_gpu(name, calls):
-    from vitfast.parity import seed_weights
+    from vitfast.proof.subjects import seed_weights
 
     with torch.device("cuda"):
         plain = seed_weights(vitfast.create_model(name, depth=3)).eval().bfloat16()

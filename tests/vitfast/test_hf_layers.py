@@ -1,4 +1,4 @@
-"""`vitfast.hf_layers`: by the rules of Hugging Face's `kernelize`, and through it where the package is installed."""
+"""`vitfast.doors.hf_layers`: by the rules of Hugging Face's `kernelize`, and through it where that is installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 from transformers.models.vit import modeling_vit
 
 from tests.vitfast._models import assert_same, images, randomise
-from vitfast import hf_layers, kernels
+from vitfast import kernels
+from vitfast.doors import hf_layers
 
 
 def mlp(kind: Any, act: str = "gelu") -> nn.Module:
@@ -120,7 +121,7 @@ import tests.conftest
 import torch
 from torch import nn
 from tests.vitfast.test_hf_layers import REPLACED, images
-from vitfast import hf_layers
+from vitfast.doors import hf_layers
 
 model = nn.ModuleDict({key: build() for key, (_, build) in REPLACED.items()}).eval()
 with torch.no_grad():

@@ -15,9 +15,10 @@ from transformers import (
 
 import vitfast
 from tests.vitfast._models import fused_names, randomise
-from vitfast.cli import main
-from vitfast.libraries import build, has_weights, image_shape, library_of, tower
-from vitfast.parity import build_model, parity
+from vitfast.cli.main import main
+from vitfast.proof.libraries import build, has_weights, image_shape, library_of, tower
+from vitfast.proof.parity import parity
+from vitfast.proof.subjects import build_model
 
 SIZES = {
     "hidden_size": 48,

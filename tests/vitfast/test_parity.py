@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vitfast
-from vitfast import kernels, libraries
-from vitfast.architectures import ARCHITECTURES
-from vitfast.parity import Parity, build_model, compare, parity, pick_device, seed_weights
-
-# the module, whatever the package exports under its name
-parity_module = importlib.import_module("vitfast.parity")
+from vitfast import kernels
+from vitfast.proof import libraries
+from vitfast.proof.parity import Parity, parity
+from vitfast.proof.subjects import build_model, pick_device, seed_weights
+from vitfast.reference.architectures import ARCHITECTURES
+from vitfast.rule import ALIKE, compare
 
 TINY = {
     **ARCHITECTURES["vit_tiny_patch16_224"],
@@ -75,6 +77,18 @@ def test_compare_refuses_nan_and_mixed_tensors() -> None:
         compare(torch.ones(3, dtype=torch.half), truth, torch.ones(3))
 
 
+def test_noise_is_not_like_truth_however_large_torchs_error_is() -> None:
+    truth, noise = torch.randn(1000, dtype=torch.float64), torch.randn(2, 1000)
+    assert compare(noise[0], truth, noise[1]).ok
+    found = compare(noise[0], truth, noise[1], least_cosine=ALIKE)
+    assert not found.ok
+    assert found.share == math.inf
+    # small and zero results have a direction of their own
+    assert compare(truth.float() * 1e-12, truth * 1e-12, truth.float() * 1e-12, least_cosine=ALIKE).ok
+    nothing = torch.zeros(3)
+    assert compare(nothing, nothing.double(), nothing, least_cosine=ALIKE).cosine == 1.0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_every_replaced_module_has_a_row_and_keeps_the_rule(precision: str) -> None:
     model, pixels = model_and_pixels(qk_norm=True)
@@ -97,7 +111,7 @@ def test_output_errors_are_those_of_the_rounded_weights() -> None:
         baseline = rounded(pixels.bfloat16())
         truth = copy.deepcopy(rounded).double()(pixels.bfloat16().double())
         actual = vitfast.accelerate(copy.deepcopy(rounded))(pixels.bfloat16())
-    assert found.output == compare(actual, truth, baseline)
+    assert found.output == compare(actual, truth, baseline, least_cosine=ALIKE)
     assert found.top1 is not None
     assert found.top1.accelerated == int((actual.argmax(-1) == truth.argmax(-1)).sum())
     assert found.top1.plain == int((baseline.argmax(-1) == truth.argmax(-1)).sum())
@@ -116,7 +130,7 @@ def test_a_module_is_judged_on_the_plain_models_input() -> None:
         exact = truth(seen["x"].double())
         fused = vitfast.accelerate(copy.deepcopy(half)).blocks[1].mlp
         fused._forward_hooks.clear()
-        expected = compare(fused(seen["x"]), exact, seen["out"])
+        expected = compare(fused(seen["x"]), exact, seen["out"], least_cosine=ALIKE)
     assert row(found, "blocks.1.mlp").comparison == expected
 
 
@@ -144,6 +158,79 @@ def test_a_wrong_prefix_breaks_the_embedding_alone(monkeypatch: pytest.MonkeyPat
     found = parity(model, pixels)
     assert [r.module for r in found.broken] == [""]
     assert "(model)" in found.verdict
+
+
+class Drawing(nn.Module):
+    """Adds random numbers in evaluation; `draw` takes the tokens and a generator that the module holds."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw = draw
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.draw(x, self.generator)
+
+
+DRAWS = {
+    "dropout": lambda x, _: F.dropout(x, 0.5, True),
+    "normal noise, other numbers in float64": lambda x, _: x + torch.randn_like(x),
+    "uniform noise of the default dtype": lambda x, _: x * torch.rand(x.shape[:2])[..., None].to(x.dtype),
+    "dropout as on a GPU": lambda x, _: torch.native_dropout(x, 0.5, True)[0],
+    "a shuffle": lambda x, _: x[:, torch.randperm(x.shape[1])],
+    "attention dropout": lambda x, _: x + F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "a generator of the module": lambda x, own: x + torch.randn(x.shape, generator=own, dtype=x.dtype),
+    "numpy": lambda x, _: x + torch.from_numpy(np.random.standard_normal(x.shape)).to(x.dtype),
+    "python": lambda x, _: x * random.random(),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=list(DRAWS))
+def test_a_model_that_draws_gets_the_same_numbers_every_time(draw, precision, monkeypatch) -> None:
+    model, pixels = model_and_pixels()
+    model.pos_drop = Drawing(draw)
+    # inside a replaced module too
+    model.blocks[1].norm2 = nn.Sequential(model.blocks[1].norm2, Drawing(draw))
+    states = [torch.get_rng_state(), model.pos_drop.generator.get_state()]
+    others = random.getstate(), np.random.get_state()[1].tolist()
+    found = parity(model, pixels, precision)
+    assert found.ok, str(found)
+    assert found.output.cosine > 0.99
+    after = [torch.get_rng_state(), model.pos_drop.generator.get_state()]
+    assert all(map(torch.equal, after, states))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
+
+    right = kernels.attention_qkv
+    monkeypatch.setattr(kernels, "attention_qkv", lambda *args, **kwargs: right(*args, **kwargs) * 1.2)
+    found = parity(model, pixels, precision)
+    assert not found.output.ok
+    assert {"blocks.0.attn", "blocks.1.attn", "blocks.0"} <= {r.module for r in found.broken}
+
+
+def test_a_masked_autoencoder_is_judged_under_one_mask(monkeypatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    model = seed_weights(transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, image_size=64, patch_size=16)))
+    found = parity(model.eval(), torch.randn(2, 3, 64, 64))
+    assert found.ok, str(found)
+    assert found.output.cosine > 0.999
+    right = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    assert not parity(model, torch.randn(2, 3, 64, 64)).output.ok
+
+
+def test_numbers_that_float64_cannot_have_are_an_error() -> None:
+    model, pixels = model_and_pixels()
+    model.pos_drop = Drawing(lambda x, _: torch.normal(x, x.abs()))
+    with pytest.raises(ValueError, match="random numbers inside aten::normal"):
+        parity(model, pixels)
+    model.pos_drop = Drawing(lambda x, _: x + torch.rand(2 if x.dtype == torch.float64 else 1).sum())
+    with pytest.raises(ValueError, match=r"other random numbers in float64 \(aten::rand \[2\], not aten::rand \[1\]\)"):
+        parity(model, pixels)
+    model.pos_drop = Drawing(lambda x, _: x if x.dtype == torch.float64 else x + torch.rand(1))
+    with pytest.raises(ValueError, match=r"other random numbers in float64 \(0 draws, not 1\)"):
+        parity(model, pixels)
 
 
 def test_nan_is_never_ok(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from tests.vitfast._models import HF_TEXT, HF_TINY, V4, assert_same, images, ran
 from vitfast import kernels
 
 # the module; the package exports a function under its name
-module = importlib.import_module("vitfast.register")
+module = importlib.import_module("vitfast.doors.register")
 
 TOWERS: dict[str, tuple[Any, Any]] = {
     "ViT": (ViTModel, ViTConfig),
@@ -104,7 +104,7 @@ def test_in_a_fresh_process_nothing_is_registered_before_it_is_asked() -> None:
             "from transformers import AttentionInterface",
             "assert 'vitfast' not in AttentionInterface._global_mapping",
             "vitfast.register(); vitfast.register()",
-            "assert AttentionInterface._global_mapping['vitfast'].__module__ == 'vitfast.register'",
+            "assert AttentionInterface._global_mapping['vitfast'].__module__ == 'vitfast.doors.register'",
         )
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -39,7 +39,8 @@ def test_every_name_is_listed() -> None:
     assert all(timm.is_model(name) for name in ours)
     assert timm.list_models(module="timm_models") == ours
     # names that a star import gives are there
-    assert all(hasattr(sys.modules["vitfast.timm_models"], name) for name in sys.modules["vitfast.timm_models"].__all__)
+    module = sys.modules["vitfast.doors.timm_models"]
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 @pytest.mark.parametrize("name", [name for name in vitfast.list_models() if timm.is_model(name)])
@@ -135,7 +136,7 @@ def test_nothing_is_registered_before_it_is_asked() -> None:
 
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "vitfast.timm_models")
+    monkeypatch.delitem(sys.modules, "vitfast.doors.timm_models")
     monkeypatch.setitem(sys.modules, "timm.models", None)
     with pytest.raises(ImportError, match=r"vitfast\[timm\]"):
         vitfast.register("timm")

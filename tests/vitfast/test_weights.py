@@ -11,8 +11,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from tests._close import assert_close
-from vitfast.model import VisionTransformer
-from vitfast.weights import load_weights
+from vitfast.reference.vit import VisionTransformer
+from vitfast.reference.weights.load import load_weights
 
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
 

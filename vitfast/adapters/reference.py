@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import layers, model
+from .. import layers
+from ..reference import head, parts, vit
 from .known import Rebuilt, Swap, around
 from .torch_nn import decline_head_dim, never
 
 
 class FusedReferencePatchEmbed(layers.FusedPatchEmbed, Rebuilt):
-    """`vitfast.model.PatchEmbed`."""
+    """`vitfast.reference.parts.PatchEmbed`."""
 
     def embeds(self, pixels: Tensor) -> bool:
         """Whether the kernel computes what the model would."""
@@ -28,7 +29,7 @@ class FusedReferencePatchEmbed(layers.FusedPatchEmbed, Rebuilt):
 
 
 class FusedReferenceAttention(layers.FusedAttention, Rebuilt):
-    """`vitfast.model.Attention`, with its relative position logits as the kernel's bias."""
+    """`vitfast.reference.parts.Attention`, with its relative position logits as the kernel's bias."""
 
     def position_free(self) -> bool:
         """Relative logits are a query's own."""
@@ -53,11 +54,11 @@ class FusedReferenceAttention(layers.FusedAttention, Rebuilt):
 
 
 class FusedReferenceMlp(layers.FusedMlp, Rebuilt):
-    """`vitfast.model.Mlp`."""
+    """`vitfast.reference.parts.Mlp`."""
 
 
 class FusedReferenceBlock(layers.FusedBlock, Rebuilt):
-    """`vitfast.model.Block`."""
+    """`vitfast.reference.parts.Block`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
@@ -66,7 +67,7 @@ class FusedReferenceBlock(layers.FusedBlock, Rebuilt):
 
 
 class FusedReferenceVisionTransformer(layers.FusedModel, Rebuilt):
-    """`vitfast.model.VisionTransformer`: prefix tokens and position embedding written by the patch-embed kernel."""
+    """`vitfast.reference.vit.VisionTransformer`: the patch-embed kernel writes prefix tokens and positions too."""
 
     def pooled_tokens(self) -> int | None:
         """1 where the class token is the pooled output, 2 with a distillation token."""
@@ -112,11 +113,11 @@ def _decline_attention(module: Any) -> str | None:
 def swaps() -> dict[type[nn.Module], Swap]:
     """Replaceable classes of the reference model."""
     return {
-        model.PatchEmbed: Swap(around(FusedReferencePatchEmbed, model.PatchEmbed), never),
-        model.Attention: Swap(around(FusedReferenceAttention, model.Attention), _decline_attention),
-        model.Mlp: Swap(around(FusedReferenceMlp, model.Mlp), never),
-        model.Block: Swap(around(FusedReferenceBlock, model.Block), never),
-        model.VisionTransformer: Swap(around(FusedReferenceVisionTransformer, model.VisionTransformer), never),
+        parts.PatchEmbed: Swap(around(FusedReferencePatchEmbed, parts.PatchEmbed), never),
+        parts.Attention: Swap(around(FusedReferenceAttention, parts.Attention), _decline_attention),
+        parts.Mlp: Swap(around(FusedReferenceMlp, parts.Mlp), never),
+        parts.Block: Swap(around(FusedReferenceBlock, parts.Block), never),
+        vit.VisionTransformer: Swap(around(FusedReferenceVisionTransformer, vit.VisionTransformer), never),
     }
 
 
@@ -124,6 +125,6 @@ def swaps() -> dict[type[nn.Module], Swap]:
 def declined() -> dict[type[nn.Module], tuple[str, str]]:
     """Classes of the reference model that are known and left alone."""
     return {
-        model.GluMlp: ("mlp", "gated MLP: no kernel has its gate in an epilogue"),
-        model.AttentionPool: ("attention", "attention pooling has one query and is not worth a kernel"),
+        parts.GluMlp: ("mlp", "gated MLP: no kernel has its gate in an epilogue"),
+        head.AttentionPool: ("attention", "attention pooling has one query and is not worth a kernel"),
     }

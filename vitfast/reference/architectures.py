@@ -12,7 +12,7 @@ import inspect
 import os
 from typing import Any
 
-from .model import VisionTransformer
+from .vit import VisionTransformer
 
 Options = dict[str, Any]
 
@@ -189,7 +189,7 @@ def create_model(name: str, weights: str | os.PathLike[str] | None = None, **ove
 
     Args:
         name: One of `list_models()`.
-        weights: Checkpoint file to load with `vitfast.weights.load_weights`; `None` for random weights.
+        weights: Checkpoint file to load with `vitfast.load_weights`; `None` for random weights.
         **overrides: Arguments of `VisionTransformer` that differ from the named configuration, such as
             `img_size=(384, 256)` or `num_classes=10`.
 
@@ -209,7 +209,7 @@ def create_model(name: str, weights: str | os.PathLike[str] | None = None, **ove
     stem = model.patch_embed
     model.pretrained_cfg = {"input_size": (stem.proj.in_channels, *stem.img_size), **_images(name)}
     if weights is not None:
-        from .weights import load_weights
+        from .weights.load import load_weights
 
         load_weights(model, weights)
     return model

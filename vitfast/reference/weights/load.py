@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import VisionTransformer
-from . import timm
+from ..vit import VisionTransformer
+from . import timm_names
 from .resize import fit_pos_embed
 
-FORMATS = (timm,)
+FORMATS = (timm_names,)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 HEADS = ("head.", "head_dist.", "pre_logits.")
 

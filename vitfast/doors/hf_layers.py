@@ -1,7 +1,9 @@
 """Layers for `kernelize` of Hugging Face's package `kernels`.
 
+    from vitfast.doors import hf_layers
+
     kernels.replace_kernel_forward_from_hub(modeling_clip.CLIPMLP, "CLIPMLP")
-    with kernels.use_kernel_mapping(vitfast.hf_layers.mapping()):
+    with kernels.use_kernel_mapping(hf_layers.mapping()):
         kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cuda")
 
 `kernelize` borrows a layer's `forward` for an object of another class. So each class here has a forward of the same
@@ -18,9 +20,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import kernels
-from .adapters.transformers.mlp import ViTMLP as _FusedMLP
-from .layers import hooked, plain_linear
+from .. import kernels
+from ..layers import epilogue, is_linear
+
 
 
 class LayerNorm(nn.Module):
@@ -54,8 +56,8 @@ class CLIPMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`."""
         fc1, act, fc2 = self.fc1, self.activation_fn, self.fc2
-        activation = _FusedMLP.epilogue(act) if isinstance(act, nn.Module) and not hooked(act) else None
-        if activation is None or not plain_linear(fc1) or not plain_linear(fc2):
+        activation = epilogue(act)
+        if activation is None or not is_linear(fc1) or not is_linear(fc2):
             # an activation in no epilogue, or something else in the place of a linear layer
             return fc2(act(fc1(hidden_states)))
         return kernels.mlp(hidden_states, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation)

@@ -1,6 +1,6 @@
 """Fits the position embeddings of a checkpoint to a model's grid.
 
-The interpolation is the model's own (`vitfast.model.resize_pos_embed`), so a checkpoint loaded at another
+The interpolation is the model's own (`vitfast.reference.positions`), so a checkpoint loaded at another
 resolution and a model called at another resolution give the same numbers.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..model import VisionTransformer, resize_pos_embed
+from ..positions import resize_pos_embed, resize_rel_pos_embed
+from ..vit import VisionTransformer
 
 
 def _square_grid(name: str, positions: int, num_prefix_tokens: int) -> tuple[int, int]:
@@ -76,7 +76,5 @@ def fit_pos_embed(
     for name, own in model.named_parameters():
         table = tensors.get(name)
         if name.endswith("rel_pos_embed") and table is not None and table.ndim == 2 and table.shape != own.shape:
-            columns = table.float().t()[None]
-            columns = F.interpolate(columns, size=own.shape[0], mode="linear", align_corners=True)
-            fitted[name] = columns[0].t().to(table.dtype)
+            fitted[name] = resize_rel_pos_embed(table, (own.shape[0] + 1) // 2)
     return fitted

@@ -20,8 +20,8 @@ from timm.models import (
 )
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from .architectures import ARCHITECTURES, create_model
-from .model import VisionTransformer
+from ..reference.architectures import ARCHITECTURES, create_model
+from ..reference.vit import VisionTransformer
 
 PREFIX = "vitfast_"
 

@@ -1,0 +1,1 @@
+"""The reference Vision Transformer, its named configurations and its checkpoints, in torch alone."""
