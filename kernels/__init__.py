@@ -7,6 +7,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 if __name__ == "vitfast.kernels":
     from ._derived import derived, expire, rederive, release
     from ._op import INTERPRET
+    from .activation import ACTIVATIONS
     from .attention import (
         MAX_HEAD_DIM,
         attention,
@@ -14,11 +15,9 @@ if __name__ == "vitfast.kernels":
         attention_lse_ref,
         attention_qkv,
         attention_ref,
-        relative_attention,
-        relative_attention_ref,
     )
     from .layer_norm import MAX_WIDTH, add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
-    from .linear import ACTIVATIONS, linear, linear_ref
+    from .linear import linear, linear_ref
     from .mlp import mlp, mlp_ref
     from .norm_linear import (
         linear_stats,
@@ -29,6 +28,7 @@ if __name__ == "vitfast.kernels":
         row_stats_ref,
     )
     from .patch_embed import patch_embed, patch_embed_ref
+    from .relative_attention import relative_attention, relative_attention_ref
     from .window_attention import window_attention, window_attention_ref
 else:
     # with the repository root on `sys.path` a bare `import kernels` finds this folder, whose name belongs to another
