@@ -74,6 +74,13 @@ class Key(NamedTuple):
         return f"{self.op} {self.text}"
 
 
+def has_library(key: Key) -> bool:
+    """Whether a config may send this launch to torch's own routine, by `library` in the op's `Config`."""
+    if key.op == "linear":
+        return key.dtype != torch.float32 and not {"norm", "stats"} & set(key.flags)
+    return key.op == "attention"
+
+
 # the tuner's and the tests' means, empty otherwise: what is used whatever the files say, and who listens to lookups
 _overrides: dict[Key, Mapping[str, Any]] = {}
 _listeners: list[dict[Key, Any]] = []

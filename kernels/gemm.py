@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import Key, arch, lookup, sm_count
+from ._config import Key, arch, has_library, lookup, sm_count
 from ._op import dense, dot_precision, flatten_rows
 from ._triton import TensorDescriptor, cdiv, next_power_of_2, tl, triton
 from .activation import activate, activate_ref
@@ -401,7 +401,7 @@ def launch_gemm(
     config = lookup(key, x.device, Config, lambda: heuristic(m, n, k, x.dtype, y.dtype, capability, tma, sms))
     store_n = config.block_n // 2 if config.subtile else config.block_n
     if config.library:
-        if x.dtype == torch.float32 or stats is not None or y_stats is not None:
+        if not has_library(key):
             raise ValueError(f"linear: the config of {key.text!r} has library=True; expected in 16 bits without stats")
         return library_linear(x, weight, bias, activation, residual, scale)
     if y_stats is not None and store_n % STATS_WIDTH:

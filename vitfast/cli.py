@@ -447,7 +447,6 @@ def _tune(options: argparse.Namespace) -> int:
             fold=fold,
             ops=options.ops,
             out=None if options.out is None else Path(options.out),
-            say=_progress,
         )
         print(result)
     return 0

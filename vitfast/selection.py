@@ -28,16 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import INTERPRET, _config
-from .kernels._config import Key
+from .kernels._config import Key, has_library
 
 BUDGET_S = 10.0
 """Seconds for all of it; what must run at least once may exceed it on a slow machine."""
 
 SCHEMA = 1
-
-ROUTES = ("linear", "attention")
-"""Ops whose config can say `library`."""
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -179,7 +175,7 @@ def _measure(
     entries: dict[Key, dict[str, Any]] = {}
     heard = _heard(with_kinds(kept)) if kept and (device.type == "cuda" or INTERPRET) else {}
     for key, config in heard.items():
-        if not _has_library(key) or (key.op == "attention" and attention != "auto"):
+        if not has_library(key) or (key.op == "attention" and attention != "auto"):
             continue
         routes = [asdict(replace(config, library=library_too)) for library_too in (False, True)]
         # a model for each route: a graph keeps the one under which it was captured
@@ -215,12 +211,6 @@ def _under(run: Callable[[int], Any], entries: Mapping[Key, dict[str, Any]]) -> 
             return run(i)
 
     return call
-
-
-def _has_library(key: Key) -> bool:
-    if key.op == "linear":
-        return key.dtype != torch.float32 and not {"norm", "stats"} & set(key.flags)
-    return key.op in ROUTES
 
 
 def _adopt(entries: Mapping[Key, dict[str, Any]], device: torch.device) -> None:
