@@ -101,5 +101,8 @@ def short(entry: Mapping[str, Any]) -> str:
     if entry.get("library"):
         return "[torch's own]"
     tile = "x".join(str(value) for name, value in entry.items() if name.startswith("block"))
-    rest = {name.removeprefix("num_"): value for name, value in entry.items() if not name.startswith("block")}
-    return f"[{', '.join([tile, *(f'{name} {int(value)}' for name, value in rest.items())])}]"
+    rest = {name.removeprefix("num_"): value for name, value in entry.items() if not name.startswith("block") and value}
+    said = [
+        name if value is True else f"{name} {value}" for name, value in rest.items() if (name, value) != ("split_k", 1)
+    ]
+    return f"[{', '.join([tile, *said])}]"
