@@ -393,7 +393,7 @@ def launch_gemm(
     # exact fp32 has no tensor-core form, so the pointer kernel serves it everywhere
     on_tensor_cores = x.dtype != torch.float32 or precision == "tf32"
     tma = capability >= 90 and k > 0 and on_tensor_cores and _describable(x2d, weight, y2d)
-    flags = () if y.dtype == x.dtype else (f"{str(y.dtype)[6:]} out",)
+    flags: tuple[str, ...] = () if y.dtype == x.dtype else (f"{str(y.dtype)[6:]} out",)
     flags += () if tma else ("pointers",)
     flags += () if stats is None else ("norm",)
     flags += () if y_stats is None else ("stats",)

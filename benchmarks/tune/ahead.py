@@ -77,11 +77,14 @@ def _answers(job: Job, work: list[tuple[Key, Entry]], workers: int, seconds: flo
         for index, share in enumerate(shares):
             plan, done = Path(folder) / f"{index}.json", Path(folder) / f"{index}.txt"
             items = [[key.op, key.text, entry] for key, entry in share]
-            plan.write_text(json.dumps({"job": asdict(job), "models": MODELS, "items": items}))
-            with done.open("w") as file:
-                command = [sys.executable, "-m", "vitfast.benchmarks.tune", "compile", str(plan)]
-                process = subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL, cwd=folder, env=environment)
-                running.append((process, done, share))
+            plan.write_text(json.dumps({"job": asdict(job), "models": MODELS, "items": items, "answers": str(done)}))
+            done.touch()
+            command = [sys.executable, "-m", "vitfast.benchmarks.tune", "compile", str(plan)]
+            # triton prints what ptxas refused
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env=environment
+            )
+            running.append((process, done, share))
         deadline = time.monotonic() + seconds
         with tqdm(total=len(work), desc=f"compile for {job.model} b{job.batch}", unit="config", disable=None) as bar:
             while time.monotonic() < deadline and any(process.poll() is None for process, _, _ in running):
@@ -102,18 +105,20 @@ def _answers(job: Job, work: list[tuple[Key, Entry]], workers: int, seconds: flo
 
 
 def compile_plan(plan: Path) -> None:
-    """The other side of `compile_ahead`: one line for each candidate on stdout, as soon as it is known."""
+    """The other side of `compile_ahead`: a line for each candidate in the plan's file of answers, once it is known."""
     content = json.loads(plan.read_text())
     MODELS.update(content["models"])
     subject = Subject(Job(**content["job"]))
     del subject.plain
-    for op, text, entry in content["items"]:
-        try:
-            subject.run({Key.parse(op, text): entry})
-            measure.synchronize(subject.device)
-            print("ok", flush=True)
-        except Exception as error:
-            print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-            if "CUDA error" in str(error):
+    with open(content["answers"], "w") as answers:
+        for op, text, entry in content["items"]:
+            answer = "ok"
+            try:
+                subject.run({Key.parse(op, text): entry})
+                measure.synchronize(subject.device)
+            except Exception as error:
+                answer = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            print(answer, file=answers, flush=True)
+            if "CUDA error" in answer:
                 # nothing runs in this process any more
                 return

@@ -83,10 +83,11 @@ def _covers(block: int, size: int, least: int = 16) -> bool:
     return least <= block <= min(256, max(64, next_power_of_2(size)))
 
 
-def _gemm_fits(key: Key, entry: Entry, *, shared: int, **_: int) -> bool:
-    (_, m), (_, n), (_, k) = key.sizes
+def _gemm_fits(key: Key, entry: Entry, *, shared: int, **limits: int) -> bool:
+    m, n, k = (size for _, size in key.sizes)
     block_m, block_n, block_k = entry["block_m"], entry["block_n"], entry["block_k"]
-    loads = entry["num_stages"] * (block_m + block_n) * block_k * key.dtype.itemsize
+    # all stages but perhaps one are in shared memory at a time
+    loads = max(1, entry["num_stages"] - 1) * (block_m + block_n) * block_k * key.dtype.itemsize
     return (
         _covers(block_m, m)
         and _covers(block_n, n)
@@ -98,21 +99,21 @@ def _gemm_fits(key: Key, entry: Entry, *, shared: int, **_: int) -> bool:
 
 
 def _linear_fits(key: Key, entry: Entry, *, arch: int, shared: int, sms: int) -> bool:
-    (_, m), (_, n), (_, k) = key.sizes
+    m, n, k = (size for _, size in key.sizes)
     block_n, split_k = entry["block_n"], entry["split_k"]
     if entry["tma"]:
         kernel = arch >= 90 and "pointers" not in key.flags and split_k == 1
     else:
-        # parts of K only for what would leave multiprocessors idle, and of several rounds each
+        # parts of K only for what would leave multiprocessors idle, and none without work
         idle = cdiv(m, entry["block_m"]) * cdiv(n, block_n) < sms
-        kernel = not entry["subtile"] and (split_k == 1 or (idle and cdiv(k, entry["block_k"]) >= 4 * split_k))
+        kernel = not entry["subtile"] and (split_k == 1 or (idle and cdiv(k, entry["block_k"]) >= split_k))
     stored = block_n // 2 if entry["subtile"] else block_n
     whole = "stats" not in key.flags or stored % STATS_WIDTH == 0
     return kernel and whole and _gemm_fits(key, entry, shared=shared)
 
 
-def _attention_fits(key: Key, entry: Entry, **_: int) -> bool:
-    (_, n), (_, s), (_, d) = key.sizes
+def _attention_fits(key: Key, entry: Entry, **limits: int) -> bool:
+    n, s, d = (size for _, size in key.sizes)
     block_m, block_s, warps = entry["block_m"], entry["block_s"], entry["num_warps"]
     # a bias has a tile of its own, as large as the scores
     scores = block_m * block_s * (2 if "bias" in key.flags else 1)
@@ -126,8 +127,8 @@ def _attention_fits(key: Key, entry: Entry, **_: int) -> bool:
     )
 
 
-def _rows_fit(key: Key, entry: Entry, **_: int) -> bool:
-    (_, rows), (_, width) = key.sizes
+def _rows_fit(key: Key, entry: Entry, **limits: int) -> bool:
+    rows, width = (size for _, size in key.sizes)
     elements, threads = entry["block_m"] * next_power_of_2(width), 32 * entry["num_warps"]
     return (
         entry["block_m"] <= next_power_of_2(max(1, rows))

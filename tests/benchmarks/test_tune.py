@@ -76,7 +76,7 @@ def test_candidates(op: str, text: str, limits: dict[str, int]) -> None:
             assert not (entry["tma"] and entry["split_k"] > 1)
             assert limits["arch"] >= 90 or not entry["tma"]
             assert entry["tma"] or not entry["subtile"]
-            loads = entry["num_stages"] * (entry["block_m"] + entry["block_n"]) * entry["block_k"]
+            loads = (entry["num_stages"] - 1) * (entry["block_m"] + entry["block_n"]) * entry["block_k"]
             assert loads * key.dtype.itemsize <= limits["shared"]
 
 
