@@ -177,7 +177,6 @@ def _tune(options: argparse.Namespace) -> int:
             fold=fold,
             ops=options.ops,
             out=None if options.out is None else Path(options.out),
-            say=say,
         )
         print(result)
     return 0

@@ -361,7 +361,6 @@ def _tune(plan: Plan) -> list[Item]:
             ops=ops,
             fold=fold,
             report=report,
-            say=_say,
             **small,
         )
         _say(str(found))

@@ -6,6 +6,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 
 if __name__ == "vitfast.kernels":
     from ._op import INTERPRET
+    from .activation import ACTIVATIONS
     from .attention import (
         MAX_HEAD_DIM,
         attention,
@@ -13,11 +14,9 @@ if __name__ == "vitfast.kernels":
         attention_lse_ref,
         attention_qkv,
         attention_ref,
-        relative_attention,
-        relative_attention_ref,
     )
     from .layer_norm import MAX_WIDTH, add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
-    from .linear import ACTIVATIONS, linear, linear_ref
+    from .linear import linear, linear_ref
     from .mlp import mlp, mlp_ref
     from .norm_linear import (
         Folded,
@@ -30,6 +29,7 @@ if __name__ == "vitfast.kernels":
         row_stats_ref,
     )
     from .patch_embed import patch_embed, patch_embed_ref
+    from .relative_attention import relative_attention, relative_attention_ref
     from .window_attention import window_attention, window_attention_ref
 else:
     # with the repository root on `sys.path` a bare `import kernels` finds this folder, whose name belongs to another

@@ -5,9 +5,10 @@ Entries come from two files of one form, the device named as CUDA names it with 
 
     {"device": "NVIDIA H100 80GB HBM3", "configs": {"m=50432,n=768,k=768,float16": {"block_m": 128, ...}}}
 
-An entry's fields are those of the op's `Config`, so a choice that an op learns later (another library's GEMM, say) is a
+What stands between the quotes is the text of a `Key`, which says all that a config may depend on but the device. An
+entry's fields are those of the op's `Config`, so a choice that an op learns later (another library's GEMM, say) is a
 field of its `Config` with a default, and older files stay valid. A shape without an entry takes that of the nearest one
-which differs in a size that grows with the batch, see `nearest`. No file is written here and nothing is tuned here.
+which differs in a size that grows with the batch, see `nearest`. Nothing is tuned here.
 """
 
 import functools
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -32,11 +33,57 @@ BATCHED_SIZES = ("m", "rows", "patches", "windows")
 NEAR = 2.0
 """By how much such a size may differ from a tuned one. Further away, another number of waves asks for other tiles."""
 
-_BATCHED_KEY = re.compile(rf"({'|'.join(BATCHED_SIZES)})=(\d+),(.+)")
+
+class Key(NamedTuple):
+    """What a launch's config may depend on. A named tuple, since every launch makes one and looks it up.
+
+    Attributes:
+        op: folder name of its configs.
+        sizes: `(name, size)` in the op's own order, the one that grows with the batch first.
+        dtype: of the operands.
+        flags: what else decides, such as "pointers".
+    """
+
+    op: str
+    sizes: tuple[tuple[str, int], ...]
+    dtype: torch.dtype
+    flags: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """As files write it, such as "m=50432,n=768,k=768,bfloat16,pointers"."""
+        return ",".join((*(f"{name}={size}" for name, size in self.sizes), str(self.dtype)[6:], *self.flags))
+
+    @classmethod
+    def parse(cls, op: str, text: str) -> "Key":
+        """The key of an op that has this text.
+
+        Raises:
+            ValueError: it has not.
+        """
+        found = re.fullmatch(r"((?:\w+=\d+,)+)(\w+)(?:,(.+))?", text)
+        dtype = getattr(torch, found[2], None) if found else None
+        if found is None or not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                f"key {text!r} of {op}; expected sizes and a dtype, such as 'm=50432,n=768,k=768,bfloat16'"
+            )
+        sizes = tuple((name, int(size)) for name, size in (part.split("=") for part in found[1][:-1].split(",")))
+        return cls(op, sizes, dtype, tuple(found[3].split(",")) if found[3] else ())
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.text}"
+
+
+def has_library(key: Key) -> bool:
+    """Whether a config may send this launch to torch's own routine, by `library` in the op's `Config`."""
+    if key.op == "linear":
+        return key.dtype != torch.float32 and not {"norm", "stats"} & set(key.flags)
+    return key.op == "attention"
+
 
 # the tuner's and the tests' means, empty otherwise: what is used whatever the files say, and who listens to lookups
-_overrides: dict[tuple[str, str], Mapping[str, Any]] = {}
-_listeners: list[dict[tuple[str, str], Any]] = []
+_overrides: dict[Key, Mapping[str, Any]] = {}
+_listeners: list[dict[Key, Any]] = []
 
 
 @functools.cache
@@ -76,12 +123,13 @@ def user_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitfast" / "configs"
 
 
-def read(path: Path, device_name: str) -> dict[str, dict[str, Any]]:
-    """The entries of one file; empty where there is none.
+def read(folder: Path, op: str, device_name: str) -> dict[Key, dict[str, Any]]:
+    """The entries of `<folder>/<op>/<device>.json`; empty where there is none.
 
     Raises:
         ValueError: it is not of this form, or another device's.
     """
+    path = folder / op / file_name(device_name)
     if not path.is_file():
         return {}
     expected = f"{path}: expected an object with 'device' = {device_name!r} and 'configs'"
@@ -96,64 +144,95 @@ def read(path: Path, device_name: str) -> dict[str, dict[str, Any]]:
         or not all(isinstance(entry, dict) for entry in content["configs"].values())
     ):
         raise ValueError(f"{expected}, an object of fields by key")
-    return content["configs"]
+    try:
+        return {Key.parse(op, text): entry for text, entry in content["configs"].items()}
+    except ValueError as error:
+        raise ValueError(f"{expected}; {error}") from error
 
 
-def _files(op: str, device_name: str) -> tuple[Path, Path]:
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all, its folder too.
+
+    Raises:
+        ValueError: a NaN or an infinity in it, which JSON has no number for.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_entries(folder: Path, device_name: str, entries: Mapping[Key, Mapping[str, Any]]) -> list[Path]:
+    """Add entries to `<folder>/<op>/<device>.json`; those of other keys stay, those of the same key are replaced.
+
+    Raises:
+        ValueError: a file that is there is not of that form, or another device's.
+    """
+    written = []
+    for op in dict.fromkeys(key.op for key in entries):
+        merged = {**read(folder, op, device_name), **{key: entry for key, entry in entries.items() if key.op == op}}
+        configs = {key.text: merged[key] for key in sorted(merged, key=lambda key: key.text)}
+        path = folder / op / file_name(device_name)
+        write_json(path, {"device": device_name, "configs": configs})
+        written.append(path)
+    return written
+
+
+def _folders() -> tuple[Path, Path]:
     """What comes with the package, and the user's own; the later one's entries win."""
-    return tuple(folder / op / file_name(device_name) for folder in (_FOLDER, user_folder()))  # type: ignore[return-value]
+    return _FOLDER, user_folder()
 
 
 @functools.cache
-def table(op: str, device_name: str) -> dict[str, dict[str, Any]]:
-    """The entries of one op for one device, the user's before the package's; empty where there is no file."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in _files(op, device_name):
-        entries |= read(path, device_name)
-    return entries
+def table(op: str, device_name: str) -> dict[Key, dict[str, Any]]:
+    """The entries of one op for one device, the user's before the package's; empty where there is no file.
+
+    Raises:
+        ValueError: a file is not of the documented form.
+    """
+    package, user = (read(folder, op, device_name) for folder in _folders())
+    return package | user
 
 
-def nearest(key: str, keys: Iterable[str]) -> str | None:
+def nearest(key: Key, keys: Iterable[Key]) -> Key | None:
     """The key whose entry serves a shape: itself, else the nearest one in the size that grows with the batch.
 
     Everything else must be equal: the other sizes, dtypes and flags. Distance is the ratio of the two sizes, at most
     `NEAR`; of two that are equally near, the smaller size. Attention's keys have no such size and match exactly.
 
     Args:
-        key: as an op's file writes it, such as "m=50432,n=768,k=768,bfloat16".
+        key: of a launch.
         keys: of the entries that there are.
     """
     keys = set(keys)
     if key in keys:
         return key
-    wanted = _BATCHED_KEY.fullmatch(key)
-    if wanted is None:
-        return None
-    name, size, rest = wanted[1], int(wanted[2]), wanted[3]
-    near: list[tuple[float, int, str]] = []
-    for other in keys:
-        found = _BATCHED_KEY.fullmatch(other)
-        if found and (found[1], found[3]) == (name, rest) and size and int(found[2]):
-            distance = abs(math.log(int(found[2]) / size))
+    (name, size), *rest = key.sizes
+    near: list[tuple[float, int, Key]] = []
+    for other in keys if name in BATCHED_SIZES else ():
+        (_, there), *_ = other.sizes
+        if size and there and other == key._replace(sizes=((name, there), *rest)):
+            distance = abs(math.log(there / size))
             if distance <= math.log(NEAR) + 1e-9:
-                near.append((distance, int(found[2]), other))
+                near.append((distance, there, other))
     return min(near)[2] if near else None
 
 
 @functools.lru_cache(maxsize=4096)
-def _tuned(op: str, device_name: str, key: str, config: Callable[..., C]) -> C | None:
+def _tuned(key: Key, device_name: str, config: Callable[..., C]) -> C | None:
     """The config of the entry that serves a key. Cached whole, since a launch must not pay for the search."""
-    entries = table(op, device_name)
+    entries = table(key.op, device_name)
     chosen = nearest(key, entries)
     if chosen is None:
         return None
     try:
         return config(**entries[chosen])
     except TypeError as error:
-        path = next(path for path in reversed(_files(op, device_name)) if chosen in read(path, device_name))
+        folder = next(folder for folder in reversed(_folders()) if chosen in read(folder, key.op, device_name))
         raise ValueError(
-            f"{path}: the entry {chosen!r} has the fields {sorted(entries[chosen])}; expected those of"
-            f" vitfast.kernels.{op}'s Config: {error}"
+            f"{folder / key.op / file_name(device_name)}: the entry {chosen.text!r} has the fields"
+            f" {sorted(entries[chosen])}; expected those of vitfast.kernels.{key.op}'s Config: {error}"
         ) from error
 
 
@@ -164,23 +243,23 @@ def forget() -> None:
 
 
 @contextmanager
-def override(op: str, key: str, entry: Mapping[str, Any]) -> Iterator[None]:
+def override(key: Key, entry: Mapping[str, Any]) -> Iterator[None]:
     """While open, launches of this process with that key use `entry`, whatever the files say. For tuner and tests."""
-    before = _overrides.get((op, key))
-    _overrides[op, key] = entry
+    before = _overrides.get(key)
+    _overrides[key] = entry
     try:
         yield
     finally:
         if before is None:
-            del _overrides[op, key]
+            del _overrides[key]
         else:
-            _overrides[op, key] = before
+            _overrides[key] = before
 
 
 @contextmanager
-def listen() -> Iterator[dict[tuple[str, str], Any]]:
-    """While open, what is looked up: `{(op, key): config that was used}`, in order. For tuner and tests."""
-    heard: dict[tuple[str, str], Any] = {}
+def listen() -> Iterator[dict[Key, Any]]:
+    """While open, what is looked up and the config that was used, in order. For tuner and tests."""
+    heard: dict[Key, Any] = {}
     _listeners.append(heard)
     try:
         yield heard
@@ -189,12 +268,11 @@ def listen() -> Iterator[dict[tuple[str, str], Any]]:
         _listeners[:] = [listener for listener in _listeners if listener is not heard]
 
 
-def lookup(op: str, key: str, device: torch.device, config: Callable[..., C], heuristic: Callable[[], C]) -> C:
+def lookup(key: Key, device: torch.device, config: Callable[..., C], heuristic: Callable[[], C]) -> C:
     """The tuned config for `key` on `device`, else `heuristic()`.
 
     Args:
-        op: folder name under `configs`.
-        key: the shape and dtype as the op's file writes them.
+        key: of the launch.
         device: where the launch happens.
         config: the op's `Config` class; takes the fields of a table's entry.
         heuristic: called when no entry matches.
@@ -203,12 +281,12 @@ def lookup(op: str, key: str, device: torch.device, config: Callable[..., C], he
         ValueError: a file of this op and device is not of the documented form.
     """
     chosen: C | None = None
-    if _overrides and (op, key) in _overrides:
-        chosen = config(**_overrides[op, key])
+    if _overrides and key in _overrides:
+        chosen = config(**_overrides[key])
     elif name := _device_name(device):
-        chosen = _tuned(op, name, key, config)
+        chosen = _tuned(key, name, config)
     if chosen is None:
         chosen = heuristic()
     for heard in _listeners:
-        heard[op, key] = chosen
+        heard[key] = chosen
     return chosen

@@ -143,6 +143,11 @@ def flatten_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    """Contiguous, or None."""
+    return None if x is None else x.contiguous()
+
+
 def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
     """`input_precision` for `tl.dot`: tf32 only for fp32 operands and only where it is allowed, else exact."""
     if dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.allow_tf32):

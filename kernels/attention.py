@@ -4,8 +4,8 @@
 
 q is `[B, H, N, d]`, k and v `[B, H, S, d]`, bias anything that broadcasts to `[B, H, N, S]`, o `[B, H, N, d]` laid out
 as `[B, N, H, d]`, so that merging the heads is free. q, k and v are read through their strides: the packed output of a
-qkv projection, `[B, N, 3, H, d]`, goes in as it is. d is any size up to 256, N and S are any size. BEiT's bias is read
-from its table of relative positions, `[(2h-1)*(2w-1) + 3, H]` for a grid of h x w patches, and never stands in memory.
+qkv projection, `[B, N, 3, H, d]`, goes in as it is. d is any size up to 256, N and S are any size. The kernel reads
+BEiT's bias from its table too, see `relative_attention.py`.
 
 Scores, softmax and accumulator are fp32; the softmax runs in base 2 with log2(e) folded into the scale. Where S fits
 one tile (up to 256 keys on sm_90: every ViT at 224 with patches of 16) K and V are read once and the softmax is the
@@ -14,12 +14,11 @@ power of two below it and a tail (72 = 64 + 8, tail tile 16), since padding 72 t
 more.
 
 FLOPs: 4*B*H*N*S*d. Bytes of e-byte elements: B*H*(2*N + 2*S)*d*e. At N = S = 197, d = 64, bf16 that is N/2 = 98 FLOP a
-byte: bound by memory on every GPU since Volta. Unfused, the N x S scores alone add 4*B*H*N*S*e bytes. A table adds
-its own H*((2h-1)*(2w-1) + 3)*e; the bias that it stands for would be H*N*N*e to write, and to read for every image.
+byte: bound by memory on every GPU since Volta. Unfused, the N x S scores alone add 4*B*H*N*S*e bytes.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), equations 5 to 8; the online softmax is
 Milakov and Gimelshein (arXiv 1805.02867), algorithm 3; its tiling Dao et al., "FlashAttention" (arXiv 2205.14135),
-algorithm 1; relative positions are Bao et al., "BEiT" (arXiv 2106.08254), in the order of timm/models/beit.py.
+algorithm 1.
 """
 
 import math
@@ -31,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import arch, lookup
-from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, kernel_op
+from ._config import Key, arch, lookup
+from ._op import autocast, check_same_dtype, check_tensors, dot_precision, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
@@ -56,39 +55,6 @@ def attention_lse_ref(
     if bias is not None:
         scores = scores + bias.detach().to(wide)
     return attention_ref(q, k, v, bias, scale, tf32), scores.logsumexp(-1)
-
-
-def relative_index(height: int, width: int, prefix: int, device: torch.device) -> Tensor:
-    """`[N, N]`: the row of BEiT's table that a query (dim 0) and a key (dim 1) of a grid of patches read.
-
-    Args:
-        height, width: patches, numbered row by row.
-        prefix: 1 with a class token in front of the patches, else 0.
-        device: of the result.
-    """
-    rows = (2 * height - 1) * (2 * width - 1)
-    patch = torch.arange(height * width, device=device)
-    # where a patch would stand in a grid of rows 2 * width - 1 long: differences there are rows of the table
-    place = patch + patch // width * (width - 1)
-    index = place[:, None] - place + rows // 2
-    if prefix:
-        index = F.pad(index, (1, 0, 1, 0), value=rows + 1)
-        index[0] = rows
-        index[0, 0] = rows + 2
-    return index
-
-
-def relative_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, tf32: bool
-) -> Tensor:
-    """`[B, N, H, d]` in torch's own calls, with the bias in memory."""
-    n = q.shape[2]
-    index = relative_index(height, width, n - height * width, table.device)
-    # a row's gradient sums hundreds of terms, and CUDA would round each sum to the table's dtype
-    wide = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
-    # torch's fast CPU kernel takes a mask of four dimensions, not of three
-    bias = wide.t().index_select(1, index.view(-1)).view(1, -1, n, n).to(q.dtype)
-    return attention_ref(q, k, v, bias, scale, tf32)
 
 
 @triton.jit
@@ -348,7 +314,7 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
     return Config(128, 64 if many else 32, num_warps=8, num_stages=3 if wgmma or arch == 80 else 2)
 
 
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     """`(B, H, N, S)`, or an error."""
     check_same_dtype(op, q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -368,7 +334,7 @@ def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, in
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> None:
     check_tensors("attention", q=q, k=k, v=v, bias=bias)
-    b, h, n, s = _check_heads("attention", q, k, v)
+    b, h, n, s = check_heads("attention", q, k, v)
     if bias is not None:
         check_same_dtype("attention", q=q, bias=bias)
         if bias.dim() > 4 or any(
@@ -379,53 +345,45 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale
             )
 
 
-def _check_relative_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, tf32: bool
-) -> None:
-    op = "relative_attention"
-    check_tensors(op, q=q, k=k, v=v, table=table)
-    _, h, n, s = _check_heads(op, q, k, v)
-    check_same_dtype(op, q=q, table=table)
-    prefix = n - height * width
-    if height < 1 or width < 1 or prefix not in (0, 1) or n != s:
-        raise ValueError(
-            f"{op}: {n} queries and {s} keys for a grid of {height} x {width} patches; expected one of each for every"
-            " patch, with or without a class token in front"
-        )
-    check_shape(op, "table", table, (2 * height - 1) * (2 * width - 1) + 3 * prefix, h)
-
-
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _launch(
+def launch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
     scale: float,
     tf32: bool,
+    *,
+    library: Callable[[], Tensor] | None = None,
     lse: Tensor | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    # with a grid `bias` is the table of its relative positions
+    """Allocate o `[B, N, H, d]` and launch this file's kernel.
+
+    Args:
+        q, k, v, scale, tf32: as in `attention`.
+        bias: as in `attention`; with `grid` the table of relative positions.
+        library: the same in torch's own calls, for a config that chooses it; None where there is none.
+        lse: `[B, H, N]`, receives the logarithms of the softmax's denominators.
+        grid: height and width of the patches.
+    """
     b, h, n, d = q.shape
     s = k.shape[2]
     out = torch.empty((b, n, h, d), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
+    flags = () if bias is None else ("bias",) if grid is None else ("bias", "table")
     config = lookup(
-        "attention",
-        f"n={n},s={s},d={d},{str(q.dtype)[6:]}" + ("" if bias is None else ",bias" if grid is None else ",bias,table"),
+        Key("attention", (("n", n), ("s", s), ("d", d)), q.dtype, flags),
         q.device,
         Config,
         lambda: heuristic(n, s, d, q.dtype, bias is not None, arch(q.device)),
     )
-    if config.library and lse is None:
-        if bias is not None and grid is not None:
-            return relative_attention_ref(q, k, v, bias, *grid, scale, tf32)
-        return attention_ref(q, k, v, bias, scale, tf32)
+    if config.library and library is not None:
+        return library()
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     prefix = height = width = 0
@@ -440,23 +398,34 @@ def _launch(
         bias = bias.expand(b, h, n, s)
         bias_strides = bias.stride()
     d_main, d_tail = split_head_dim(d)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     _attention_fwd_kernel[(cdiv(n, config.block_m) * b * h,)](
-        q,
-        k,
-        v,
-        bias,
-        out,
-        lse,
-        h,
-        n,
-        s,
-        *strides,
-        *bias_strides,
-        scale * math.log2(math.e),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        bias_ptr=bias,
+        o_ptr=out,
+        lse_ptr=lse,
+        H=h,
+        N=n,
+        S=s,
+        stride_qb=q_strides[0],
+        stride_qh=q_strides[1],
+        stride_qn=q_strides[2],
+        stride_kb=k_strides[0],
+        stride_kh=k_strides[1],
+        stride_ks=k_strides[2],
+        stride_vb=v_strides[0],
+        stride_vh=v_strides[1],
+        stride_vs=v_strides[2],
+        stride_bias_b=bias_strides[0],
+        stride_bias_h=bias_strides[1],
+        stride_bias_n=bias_strides[2],
+        stride_bias_s=bias_strides[3],
+        scale_log2=scale * math.log2(math.e),
         PRECISION=dot_precision(q.dtype, tf32),
         WHOLE=s <= config.block_s,
-        ALIGN=math.gcd(16, *strides),
+        ALIGN=math.gcd(16, *q_strides[:3], *k_strides[:3], *v_strides[:3]),
         D=d,
         D_MAIN=d_main,
         D_TAIL=d_tail,
@@ -473,7 +442,7 @@ def _launch(
 
 @kernel_op("vitfast::attention", reference=attention_ref, check=_check_attention)
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, tf32: bool) -> Tensor:
-    return _launch(q, k, v, bias, scale, tf32)
+    return launch_attention(q, k, v, bias, scale, tf32, library=lambda: attention_ref(q, k, v, bias, scale, tf32))
 
 
 @kernel_op("vitfast::attention_lse", reference=attention_lse_ref, check=_check_attention)
@@ -482,14 +451,7 @@ def _attention_lse(
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
-    return _launch(q, k, v, bias, scale, tf32, lse), lse
-
-
-@kernel_op("vitfast::relative_attention", reference=relative_attention_ref, check=_check_relative_attention)
-def _relative_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, tf32: bool
-) -> Tensor:
-    return _launch(q, k, v, table, scale, tf32, grid=(height, width))
+    return launch_attention(q, k, v, bias, scale, tf32, lse=lse), lse
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -498,7 +460,8 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.scale = scale
 
 
-def _gradients(ctx: Any, grad: Tensor, reference: Callable[..., Tensor]) -> tuple[Any, ...]:
+def attention_gradients(ctx: Any, grad: Tensor, reference: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """Gradients of the four saved tensors by torch's own backward of `reference`."""
     # torch's own attention once more, for its backward: it never holds the N x S probabilities
     needs = ctx.needs_input_grad[:4]
     pairs = zip(ctx.saved_tensors, needs, strict=True)
@@ -512,7 +475,7 @@ def _gradients(ctx: Any, grad: Tensor, reference: Callable[..., Tensor]) -> tupl
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = _gradients(ctx, grad, lambda q, k, v, bias: attention_ref(q, k, v, bias, ctx.scale, False))
+    grads = attention_gradients(ctx, grad, lambda q, k, v, bias: attention_ref(q, k, v, bias, ctx.scale, False))
     return *grads, None, None
 
 
@@ -525,21 +488,8 @@ def _attention_lse_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return _attention_backward(ctx, grad)
 
 
-def _relative_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.height, ctx.width, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _relative_attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        return relative_attention_ref(q, k, v, table, ctx.height, ctx.width, ctx.scale, False)
-
-    return *_gradients(ctx, grad, reference), None, None, None, None
-
-
 _attention.op.register_autograd(_attention_backward, setup_context=_attention_setup)
 _attention_lse.op.register_autograd(_attention_lse_backward, setup_context=_attention_lse_setup)
-_relative_attention.op.register_autograd(_relative_attention_backward, setup_context=_relative_attention_setup)
 
 
 def attention(
@@ -566,7 +516,7 @@ def attention(
         TypeError: a dtype does not fit.
     """
     q, k, v, bias = autocast(q, k, v, bias)
-    return _attention(q, k, v, bias, _scale(scale, q.shape[-1]), tf32).transpose(1, 2)
+    return _attention(q, k, v, bias, score_scale(scale, q.shape[-1]), tf32).transpose(1, 2)
 
 
 def attention_lse(
@@ -588,46 +538,8 @@ def attention_lse(
         TypeError: a dtype does not fit.
     """
     q, k, v, bias = autocast(q, k, v, bias)
-    out, lse = _attention_lse(q, k, v, bias, _scale(scale, q.shape[-1]), tf32)
+    out, lse = _attention_lse(q, k, v, bias, score_scale(scale, q.shape[-1]), tf32)
     return out.transpose(1, 2), lse
-
-
-def relative_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    grid: tuple[int, int],
-    scale: float | None = None,
-    tf32: bool = False,
-) -> Tensor:
-    """`attention` among the patches of an image, its bias read from BEiT's table of relative positions.
-
-    A query at row and column (y, x) and a key at (y', x') read row `(y - y' + h - 1) * (2w - 1) + (x - x' + w - 1)` of
-    the table. With a class token three rows follow: from it to a patch, from a patch to it, and to itself.
-
-    Args:
-        q: `[B, H, N, d]`, fp16, bf16 or fp32 (float64 on CPU), any strides, d from 1 to 256. The tokens are h * w
-            patches row by row, or a class token and these.
-        k: `[B, H, N, d]` in q's dtype.
-        v: `[B, H, N, d]` in q's dtype.
-        table: `[(2h-1) * (2w-1), H]`, with a class token `[(2h-1) * (2w-1) + 3, H]`, in q's dtype, any strides. The
-            kernel reads one head's column at a time, which is fastest where it is contiguous (`table.t()` is).
-        grid: `(h, w)`.
-        scale: of the scores; default `d ** -0.5`.
-        tf32: as in `attention`.
-
-    Returns:
-        `[B, H, N, d]`, a view of contiguous `[B, N, H, d]`, as `attention` returns it.
-
-    Raises:
-        ValueError: a shape or device does not fit, or N is not that of the grid.
-        TypeError: a dtype does not fit.
-    """
-    q, k, v, table = autocast(q, k, v, table)
-    height, width = grid
-    out = _relative_attention(q, k, v, table, height, width, _scale(scale, q.shape[-1]), tf32)
-    return out.transpose(1, 2)
 
 
 def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, tf32: bool = False) -> Tensor:
@@ -654,8 +566,9 @@ def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, tf32: boo
     b, n, width = qkv.shape
     d = width // (3 * heads)
     q, k, v = qkv.view(b, n, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
-    return _attention(q, k, v, None, _scale(scale, d), tf32).view(b, n, heads * d)
+    return _attention(q, k, v, None, score_scale(scale, d), tf32).view(b, n, heads * d)
 
 
-def _scale(scale: float | None, d: int) -> float:
+def score_scale(scale: float | None, d: int) -> float:
+    """The scale of scores, by default `d ** -0.5`."""
     return max(d, 1) ** -0.5 if scale is None else float(scale)

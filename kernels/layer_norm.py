@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._config import lookup
-from ._op import autocast, check_shape, check_tensors, flatten_rows, kernel_op
+from ._config import Key, lookup
+from ._op import autocast, check_shape, check_tensors, dense, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 
 MAX_WIDTH = 16384
@@ -144,9 +144,9 @@ def heuristic(rows: int, width: int, dtype: torch.dtype, arch: int) -> Config:
 def launch_config(op: str, x: Tensor) -> tuple[int, Config]:
     width = x.shape[-1]
     rows = x.numel() // width
-    key = f"rows={rows},width={width},{str(x.dtype)[6:]}"
+    key = Key(op, (("rows", rows), ("width", width)), x.dtype)
     # one arch for all: `heuristic` documents why
-    return rows, lookup(op, key, x.device, Config, lambda: heuristic(rows, width, x.dtype, 0))
+    return rows, lookup(key, x.device, Config, lambda: heuristic(rows, width, x.dtype, 0))
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,10 +155,6 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         torch.empty(shape, dtype=torch.float32, device=x.device),
         torch.empty(shape, dtype=torch.float32, device=x.device),
     )
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, **more: Tensor | None) -> None:
@@ -207,16 +203,16 @@ def _layer_norm(
         rows, config = launch_config("layer_norm", x)
         width, x = x.shape[-1], flatten_rows(x)
         _layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
-            x,
-            _dense(weight),
-            _dense(bias),
-            y,
-            mean,
-            rstd,
-            rows,
-            width,
-            x.stride(0),
-            eps,
+            x_ptr=x,
+            weight_ptr=dense(weight),
+            bias_ptr=dense(bias),
+            y_ptr=y,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            n_rows=rows,
+            D=width,
+            stride_xm=x.stride(0),
+            eps=eps,
             BLOCK_M=config.block_m,
             BLOCK_D=next_power_of_2(width),
             num_warps=config.num_warps,
@@ -235,20 +231,20 @@ def _add_layer_norm(
         rows, config = launch_config("add_layer_norm", x)
         width, x, residual = x.shape[-1], flatten_rows(x), flatten_rows(residual)
         _add_layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
-            x,
-            residual,
-            _dense(weight),
-            _dense(bias),
-            _dense(scale),
-            total,
-            y,
-            mean,
-            rstd,
-            rows,
-            width,
-            x.stride(0),
-            residual.stride(0),
-            eps,
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=dense(weight),
+            bias_ptr=dense(bias),
+            scale_ptr=dense(scale),
+            sum_ptr=total,
+            y_ptr=y,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            n_rows=rows,
+            D=width,
+            stride_xm=x.stride(0),
+            stride_rm=residual.stride(0),
+            eps=eps,
             BLOCK_M=config.block_m,
             BLOCK_D=next_power_of_2(width),
             num_warps=config.num_warps,

@@ -31,17 +31,9 @@ from torch import Tensor
 
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
+from .gemm import STATS_WIDTH, launch_gemm, store_stats
 from .layer_norm import MAX_WIDTH, launch_config, layer_norm_ref, norm_gradients
-from .linear import (
-    STATS_WIDTH,
-    check_linear,
-    launch_gemm,
-    linear_backward,
-    linear_gradients,
-    linear_ref,
-    linear_setup,
-    store_stats,
-)
+from .linear import check_linear, linear_backward, linear_gradients, linear_ref, linear_setup
 
 
 def row_stats_ref(x: Tensor) -> Tensor:
@@ -192,11 +184,12 @@ def _row_stats(x: Tensor) -> Tensor:
         rows, config = launch_config("row_stats", x)
         width, x = x.shape[-1], flatten_rows(x)
         _row_stats_fwd_kernel[(cdiv(rows, config.block_m),)](
-            x,
-            *stats,
-            rows,
-            width,
-            x.stride(0),
+            x_ptr=x,
+            means_ptr=stats[0],
+            squares_ptr=stats[1],
+            n_rows=rows,
+            D=width,
+            stride_xm=x.stride(0),
             WIDTH=STATS_WIDTH,
             BLOCK_M=config.block_m,
             BLOCK_D=max(STATS_WIDTH, next_power_of_2(width)),

@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import arch, lookup
-from ._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, kernel_op
+from ._config import Key, arch, lookup
+from ._op import autocast, check_same_dtype, check_shape, check_tensors, dense, dot_precision, kernel_op
 from ._triton import cdiv, tl, triton
 
 
@@ -276,24 +276,30 @@ def _patch_embed(
     channels_last = _is_channels_last(pixels)
     # the kernel reads weights in the order in which it walks k; free where the model itself is channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    dense = [x if x is None else x.contiguous() for x in (bias, prefix, pos_embed, scale, shift)]
+    stride_b, stride_c, stride_h, stride_w = pixels.stride()
     config = lookup(
-        "patch_embed",
-        f"patches={b * n},width={d},k={c * p * q},{str(weight.dtype)[6:]}",
+        Key("patch_embed", (("patches", b * n), ("width", d), ("k", c * p * q)), weight.dtype),
         pixels.device,
         Config,
         lambda: heuristic(b * n, d, c * p * q, weight.dtype, arch(pixels.device)),
     )
     _patch_embed_fwd_kernel[(cdiv(b * n, config.block_m) * cdiv(d, config.block_n),)](
-        pixels,
-        weight.contiguous(memory_format=layout),
-        *dense,
-        tokens,
-        b * n,
-        n,
-        d,
-        grid_w,
-        *pixels.stride(),
+        pixels_ptr=pixels,
+        weight_ptr=weight.contiguous(memory_format=layout),
+        bias_ptr=dense(bias),
+        prefix_ptr=dense(prefix),
+        pos_ptr=dense(pos_embed),
+        scale_ptr=dense(scale),
+        shift_ptr=dense(shift),
+        tokens_ptr=tokens,
+        n_patches_total=b * n,
+        N=n,
+        D=d,
+        grid_w=grid_w,
+        stride_b=stride_b,
+        stride_c=stride_c,
+        stride_h=stride_h,
+        stride_w=stride_w,
         C=c,
         P=p,
         Q=q,

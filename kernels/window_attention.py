@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import arch, lookup, sm_count
-from ._op import autocast, check_shape, check_tensors, dot_precision, kernel_op
+from ._config import Key, arch, lookup, sm_count
+from ._op import autocast, check_shape, check_tensors, dense, dot_precision, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 from .attention import MAX_HEAD_DIM, split_head_dim
 
@@ -406,9 +406,9 @@ def _window_attention(
     if out.numel() == 0:
         return out
     n, maps = wh * ww, (height // wh) * (width // ww) * heads
+    sizes = (("windows", b * maps), ("height", wh), ("width", ww), ("d", d))
     config = lookup(
-        "window_attention",
-        f"windows={b * maps},height={wh},width={ww},d={d},{str(qkv.dtype)[6:]}" + ("" if scale is None else ",cosine"),
+        Key("window_attention", sizes, qkv.dtype, () if scale is None else ("cosine",)),
         qkv.device,
         Config,
         lambda: heuristic(b * maps, n, d, qkv.dtype, arch(qkv.device), sm_count(qkv.device)),
@@ -418,24 +418,29 @@ def _window_attention(
     if (table.shape[0] - 1) * table.stride(0) >= 2**31:
         # offsets into the table are of 32 bits, half the registers
         table = table.contiguous()
+    stride_b, stride_y, stride_x, _ = qkv.stride()
     d_main, d_tail = split_head_dim(d)
     _window_attention_fwd_kernel[(cdiv(b, config.images) * maps * cdiv(n, config.block_m),)](
-        qkv,
-        table,
-        None if scale is None else scale.contiguous(),
-        out,
-        b,
-        heads,
-        height,
-        width,
-        *shift,
-        *qkv.stride()[:3],
-        *table.stride(),
-        factor * math.log2(math.e),
+        qkv_ptr=qkv,
+        table_ptr=table,
+        scale_ptr=dense(scale),
+        o_ptr=out,
+        B=b,
+        heads=heads,
+        H=height,
+        W=width,
+        shift_h=shift[0],
+        shift_w=shift[1],
+        stride_b=stride_b,
+        stride_y=stride_y,
+        stride_x=stride_x,
+        stride_table_row=table.stride(0),
+        stride_table_head=table.stride(1),
+        factor_log2=factor * math.log2(math.e),
         PRECISION=dot_precision(qkv.dtype, tf32),
         WHOLE=n <= config.block_s,
         SHIFTED=any(shift),
-        ALIGN=math.gcd(16, d, *qkv.stride()[:3]),
+        ALIGN=math.gcd(16, d, stride_b, stride_y, stride_x),
         WH=wh,
         WW=ww,
         IMAGES=config.images,

@@ -34,11 +34,11 @@ from . import __version__, kernels
 from .attention_maps import attention_maps, overlay, rollout
 from .doctor import doctor, how_ops_run
 from .kernels._triton import HAS_TRITON
+from .preprocess import ImageSpec, image_spec, preprocess, reading
 from .proof.parity import Parity, fp32_products, parity
 from .proof.subjects import build_model, pick_device, seed_weights
 from .reference.architectures import create_model
 from .rule import FACTOR, Comparison
-from .preprocess import ImageSpec, image_spec, preprocess, reading
 from .swap.accelerate import accelerate
 from .swap.precision import get_precision
 from .swap.report import Report, report

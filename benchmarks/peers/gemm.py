@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfast.kernels.linear import activate_ref
+from vitfast.kernels.activation import activate_ref
 
 from ..registry import Workload
 from . import Peer, unusable

@@ -12,6 +12,7 @@ import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -46,15 +47,13 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"vitfast.kernels.{name}")
 
 
-FILES = tuple(
-    module(name) for name in ("layer_norm", "linear", "norm_linear", "attention", "window_attention", "patch_embed")
-)
+FILES = tuple(map(module, ("gemm", *(op for op in OPS if (Path(kernels.__file__).parent / f"{op}.py").is_file()))))
 
 
 def file_of(op: str) -> ModuleType:
     """The file whose `Config` and `heuristic` an op's launches use."""
     shared = {"add_layer_norm": "layer_norm", "row_stats": "layer_norm", "attention_lse": "attention"}
-    shared |= {"relative_attention": "attention", "linear_stats": "linear", "norm_linear": "linear"}
+    shared |= {"relative_attention": "attention", **dict.fromkeys(("linear", "linear_stats", "norm_linear"), "gemm")}
     return module(shared.get(op, op))
 
 

@@ -135,12 +135,10 @@ def compiling(target: str, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType
     compiled: list[Compiled] = []
 
     def launch(kernel: JITFunction, grid: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> None:
-            arguments = dict(zip(kernel.arg_names, args, strict=False))
-            arguments.update((name, value) for name, value in kwargs.items() if name in kernel.arg_names)
-            programs = math.prod(grid)
-            binary = kernel.warmup(*args, grid=grid, **kwargs)
-            compiled.append(_compiled(kernel.fn.__name__, binary, arguments, programs))
+        def run(**kwargs: Any) -> None:
+            arguments = {name: kwargs[name] for name in kernel.arg_names}
+            binary = kernel.warmup(grid=grid, **kwargs)
+            compiled.append(_compiled(kernel.fn.__name__, binary, arguments, math.prod(grid)))
 
         return run
 

@@ -25,6 +25,7 @@ from vitfast.kernels import INTERPRET, attention, attention_lse, attention_qkv, 
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
 FILE = module("attention")
+relative_index = module("relative_attention").relative_index
 
 
 @across_lanes("attention", "attention_lse", "attention_qkv", "relative_attention")
@@ -98,11 +99,11 @@ def test_relative_index_is_the_libraries_own(grid: tuple[int, int]) -> None:
     beit = pytest.importorskip("timm.models.beit")
     hf = pytest.importorskip("transformers.models.beit.modeling_beit")
     layers = pytest.importorskip("timm.layers.pos_embed_rel")
-    ours = FILE.relative_index(*grid, 1, torch.device("cpu"))
+    ours = relative_index(*grid, 1, torch.device("cpu"))
     assert torch.equal(ours, beit.gen_relative_position_index(grid))
     assert torch.equal(ours, layers.gen_relative_position_index(grid, class_token=True))
     assert torch.equal(ours, hf.BeitRelativePositionBias.generate_relative_position_index(grid))
-    without = FILE.relative_index(*grid, 0, torch.device("cpu"))
+    without = relative_index(*grid, 0, torch.device("cpu"))
     assert torch.equal(without, layers.gen_relative_position_index(grid))
 
 

@@ -6,20 +6,20 @@ are 256 (and 1, where the size of the problem chooses another kernel); the tenso
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 import vitfast.kernels
-from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, RELATIVE_ATTENTION, WINDOW_ATTENTION, Case, file_of
+from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, RELATIVE_ATTENTION, WINDOW_ATTENTION, Case
 from tests.kernels._compiler import TARGETS, Compiled, compiling, disassemble, meta
 from tests.kernels._ranges import overflows
+from vitfast.kernels import _config
+from vitfast.kernels._config import Key
 
 pytestmark = pytest.mark.compile_only
 
@@ -273,26 +273,6 @@ def test_offsets_past_32_bits(op: str, target: str, monkeypatch: pytest.MonkeyPa
     assert overflows(kernel.ttir, kernel.arguments, kernel.programs) == []
 
 
-@pytest.mark.parametrize(
-    "op", ["layer_norm", "add_layer_norm", "linear", "attention", "window_attention", "patch_embed"]
-)
-def test_narrow_offsets_would_be_found(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = Path(file_of(op).__file__)
-    source = file.read_text()
-    assert ".to(tl.int64)" in source
-    copy = tmp_path / f"narrow_{file.name}"
-    copy.write_text(source.replace(".to(tl.int64)", "").replace('"vitfast::', f'"vitfast_narrow_{op}::'))
-    # a member of the package, so that its relative imports hold
-    spec = importlib.util.spec_from_file_location(f"vitfast.kernels.narrow_{op}", copy)
-    narrow = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, narrow)
-    spec.loader.exec_module(narrow)
-    with compiling("sm_80", monkeypatch, narrow) as compiled:
-        getattr(narrow, op)(**_huge(op))
-    (kernel,) = compiled
-    assert overflows(kernel.ttir, kernel.arguments, kernel.programs) != []
-
-
 # committed configs
 
 # part of a device's name, and what to compile for
@@ -312,94 +292,73 @@ _DEVICES = {
 
 
 def _committed() -> list[Any]:
-    folder = Path(vitfast.kernels.__file__).parent / "configs"
     return [
-        pytest.param(path.parent.name, content["device"], key, entry, id=f"{path.parent.name}-{path.stem}-{key}")
-        for path in sorted(folder.glob("*/*.json"))
-        for content in [json.loads(path.read_text())]
-        for key, entry in content["configs"].items()
+        pytest.param(device, key, entry, id=f"{device}-{key}")
+        for path in sorted(_config._FOLDER.glob("*/*.json"))
+        for device in [json.loads(path.read_text())["device"]]
+        for key, entry in _config.read(_config._FOLDER, path.parent.name, device).items()
     ]
 
 
-def _arguments_of_key(op: str, key: str) -> tuple[dict[str, Any], torch.dtype]:
-    """A call whose lookup has this key."""
-    sizes = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", key)}
-    words = [word for word in key.split(",") if "=" not in word]
-    dtype = getattr(torch, words[0])
+def _call(key: Key) -> tuple[str, dict[str, Any]]:
+    """A public function and arguments whose launch has this key."""
+    op, dtype, flags = key.op, key.dtype, key.flags
+    sizes = [size for _, size in key.sizes]
     if op in ("layer_norm", "add_layer_norm", "row_stats"):
-        x = meta(sizes["rows"], sizes["width"], dtype=dtype)
-        if op == "row_stats":
-            return {"x": x}, dtype
-        w = meta(sizes["width"], dtype=dtype)
-        arguments = {"x": x, "weight": w, "bias": w}
-        return (arguments if op == "layer_norm" else {**arguments, "residual": x}), dtype
+        x, w = meta(*sizes, dtype=dtype), meta(sizes[1], dtype=dtype)
+        more = {"layer_norm": {"weight": w, "bias": w}, "row_stats": {}}
+        return op, {"x": x, **more.get(op, {"weight": w, "bias": w, "residual": x})}
     if op == "linear":
-        m, n, k = sizes["m"], sizes["n"], sizes["k"]
+        m, n, k = sizes
         # rows one element longer have no descriptor
-        x = meta(m, k + 1, dtype=dtype)[:, :k] if "pointers" in words else meta(m, k, dtype=dtype)
-        out = torch.float32 if "float32 out" in words else dtype
-        residual = meta(m, n, dtype=out)
-        scale = meta(n, dtype=dtype)
+        x = meta(m, k + 1, dtype=dtype)[:, :k] if "pointers" in flags else meta(m, k, dtype=dtype)
         arguments = {"x": x, "weight": meta(n, k, dtype=dtype), "bias": meta(n, dtype=dtype)}
-        if "norm" in words:
-            stats = meta(2, m, -(-k // 64), dtype=torch.float32)
-            w = meta(k, dtype=dtype)
-            return {**arguments, "stats": stats, "norm_weight": w, "norm_bias": w, "eps": 1e-6}, dtype
-        return {**arguments, "residual": residual, "scale": scale}, dtype
+        if "norm" in flags:
+            stats, w = meta(2, m, -(-k // 64), dtype=torch.float32), meta(k, dtype=dtype)
+            return "norm_linear", {**arguments, "stats": stats, "norm_weight": w, "norm_bias": w, "eps": 1e-6}
+        residual = meta(m, n, dtype=torch.float32 if "float32 out" in flags else dtype)
+        arguments |= {"residual": residual, "scale": meta(n, dtype=dtype)}
+        return ("linear_stats" if "stats" in flags else op), arguments
     if op == "attention":
-        q = meta(2, sizes["n"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
-        k = meta(2, sizes["s"], 4, sizes["d"], dtype=dtype).transpose(1, 2)
-        if "table" in words:
+        n, s, d = sizes
+        q, k = (meta(2, rows, 4, d, dtype=dtype).transpose(1, 2) for rows in (n, s))
+        if "table" in flags:
             # any grid of so many patches: the key does not tell them apart
-            table = meta(2 * sizes["n"] - 1, 4, dtype=dtype)
-            return {"q": q, "k": k, "v": k, "table": table, "grid": (1, sizes["n"])}, dtype
-        bias = meta(sizes["n"], sizes["s"], dtype=dtype) if "bias" in words else None
-        return {"q": q, "k": k, "v": k, "bias": bias}, dtype
+            table = meta(2 * n - 1, 4, dtype=dtype)
+            return "relative_attention", {"q": q, "k": k, "v": k, "table": table, "grid": (1, n)}
+        return op, {"q": q, "k": k, "v": k, "bias": meta(n, s, dtype=dtype) if "bias" in flags else None}
     if op == "window_attention":
-        wh, ww, d = sizes["height"], sizes["width"], sizes["d"]
-        scale = meta(1, dtype=torch.float32) if "cosine" in words else None
+        windows, wh, ww, d = sizes
+        scale = meta(1, dtype=torch.float32) if "cosine" in flags else None
         table = meta((2 * wh - 1) * (2 * ww - 1), 1, dtype=dtype)
-        qkv = meta(sizes["windows"], wh, ww, 3 * d, dtype=dtype)
+        qkv = meta(windows, wh, ww, 3 * d, dtype=dtype)
         call = {"qkv": qkv, "heads": 1, "window": (wh, ww), "shift": (wh // 2, ww // 2), "table": table}
-        return {**call, "scale": scale}, dtype
+        return op, {**call, "scale": scale}
     assert op == "patch_embed", op
-    width, side = sizes["width"], round((sizes["k"] / 3) ** 0.5)
-    pixels = meta(1, 3, side, side * sizes["patches"], dtype=dtype)
-    return {
-        "pixels": pixels,
-        "weight": meta(width, 3, side, side, dtype=dtype),
-        "bias": meta(width, dtype=dtype),
-    }, dtype
+    patches, width, k = sizes
+    side = round((k / 3) ** 0.5)
+    weight = meta(width, 3, side, side, dtype=dtype)
+    pixels = meta(1, 3, side, side * patches, dtype=dtype)
+    return op, {"pixels": pixels, "weight": weight, "bias": meta(width, dtype=dtype)}
 
 
-def _call_of_key(op: str, key: str) -> str:
-    """The public function whose launch has this key."""
-    words = key.split(",")
-    calls = {"norm": "norm_linear", "stats": "linear_stats", "table": "relative_attention"}
-    return next((call for word, call in calls.items() if word in words), op)
-
-
-@pytest.mark.parametrize(("op", "device", "key", "entry"), _committed())
-def test_committed_config(
-    op: str, device: str, key: str, entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("device", "key", "entry"), _committed())
+def test_committed_config(device: str, key: Key, entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     target = next(target for part, target in _DEVICES.items() if part in device)
-    file = file_of(op)
-    config = file.Config(**entry)
-    if getattr(config, "library", False):
+    if entry.get("library"):
         pytest.skip("torch's own GEMM: nothing of ours is compiled")
-    monkeypatch.setattr(file, "heuristic", lambda *args: config)
-    arguments, dtype = _arguments_of_key(op, key)
-    with compiling(target, monkeypatch, *FILES) as compiled:
-        getattr(vitfast.kernels, _call_of_key(op, key))(**arguments)
+    function, arguments = _call(key)
+    with _config.override(key, entry), compiling(target, monkeypatch, *FILES) as compiled, _config.listen() as heard:
+        getattr(vitfast.kernels, function)(**arguments)
+    assert list(heard) == [key]
     (kernel,) = compiled
     check_resources(kernel, target)
-    if op in ("linear", "attention", "window_attention", "patch_embed"):
-        check_tensor_cores(kernel, target, dtype)
+    if key.op in ("linear", "attention", "window_attention", "patch_embed"):
+        check_tensor_cores(kernel, target, key.dtype)
 
 
 @pytest.mark.parametrize(
-    ("op", "key"),
+    ("op", "text"),
     [
         ("layer_norm", "rows=50432,width=768,bfloat16"),
         ("add_layer_norm", "rows=50432,width=768,bfloat16"),
@@ -415,17 +374,10 @@ def test_committed_config(
         ("patch_embed", "patches=50176,width=768,k=768,bfloat16"),
     ],
 )
-def test_calls_of_committed_keys_ask_for_them(op: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the sweep above is only as good as the calls it makes of keys
-    file = file_of(op)
-    asked = []
-
-    def lookup(name: str, shape: str, device: torch.device, config: Any, heuristic: Any) -> Any:
-        asked.append((name, shape))
-        return heuristic()
-
-    monkeypatch.setattr(file, "lookup", lookup)
-    arguments, _ = _arguments_of_key(op, key)
-    with compiling("sm_90", monkeypatch, *FILES):
-        getattr(vitfast.kernels, _call_of_key(op, key))(**arguments)
-    assert asked == [(op, key)]
+def test_the_text_of_a_launch_s_key(op: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what users' files and committed ones are written in
+    function, arguments = _call(Key.parse(op, text))
+    with compiling("sm_90", monkeypatch, *FILES), _config.listen() as heard:
+        monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **arguments: None)
+        getattr(vitfast.kernels, function)(**arguments)
+    assert [(key.op, key.text) for key in heard] == [(op, text)]

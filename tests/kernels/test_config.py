@@ -14,6 +14,7 @@ import torch
 
 from tests.kernels._cases import module
 from vitfast.kernels import _config
+from vitfast.kernels._config import Key
 
 CPU = torch.device("cpu")
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -53,21 +54,48 @@ def entries(**configs: object) -> dict[str, object]:
 
 
 def block_of(key: str, op: str = "op") -> int:
-    return _config.lookup(op, key, CPU, Config, fallback).block
+    return lookup(key, op).block
+
+
+def lookup(key: str, op: str = "op") -> Config:
+    return _config.lookup(Key.parse(op, key), CPU, Config, fallback)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("m=7,n=8,k=9,float16", Key("op", (("m", 7), ("n", 8), ("k", 9)), torch.float16)),
+        (
+            "m=7,n=8,k=9,bfloat16,float32 out,pointers",
+            Key("op", (("m", 7), ("n", 8), ("k", 9)), torch.bfloat16, ("float32 out", "pointers")),
+        ),
+        ("rows=0,width=768,float32", Key("op", (("rows", 0), ("width", 768)), torch.float32)),
+    ],
+)
+def test_a_key_is_its_text(text: str, key: Key) -> None:
+    assert Key.parse("op", text) == key
+    assert key.text == text
+    assert str(key) == f"op {text}"
+
+
+@pytest.mark.parametrize("text", ["", "float16", "m=1,", "m=1,whatever", "m=x,float16", "m=-1,float16", "m=1,float16,"])
+def test_what_is_no_key_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"key '{text}' of op; expected sizes and a dtype, such as 'm=50432,"):
+        Key.parse("op", text)
 
 
 def test_committed_entry(folder: Path) -> None:
     write(folder, {"device": DEVICE, "configs": {"m=1,float16": {"block": 64, "warps": 8}}})
-    assert _config.lookup("op", "m=1,float16", CPU, Config, fallback) == Config(64, 8)
-    assert _config.lookup("op", "m=9,float16", CPU, Config, fallback) == Config(1)
-    assert _config.lookup("another", "m=1,float16", CPU, Config, fallback) == Config(1)
+    assert lookup("m=1,float16") == Config(64, 8)
+    assert lookup("m=9,float16") == Config(1)
+    assert lookup("m=1,float16", "another") == Config(1)
 
 
 def test_no_file_and_no_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _config.lookup("op", "m=1", CPU, Config, fallback) == Config(1)
-    write(folder, {"device": DEVICE, "configs": {"m=1": {"block": 64}}})
+    assert lookup("m=1,float16") == Config(1)
+    write(folder, {"device": DEVICE, "configs": {"m=1,float16": {"block": 64}}})
     monkeypatch.setattr(_config, "_device_name", lambda device: None)
-    assert _config.lookup("op", "m=1", CPU, Config, fallback) == Config(1)
+    assert lookup("m=1,float16") == Config(1)
 
 
 @pytest.mark.parametrize(
@@ -77,34 +105,35 @@ def test_no_file_and_no_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"configs": {}},
         {"device": DEVICE},
         {"device": DEVICE, "configs": [1]},
-        {"device": DEVICE, "configs": {"m=1": 64}},
+        {"device": DEVICE, "configs": {"m=1,float16": 64}},
+        {"device": DEVICE, "configs": {"m=1": {"block": 64}}},
     ],
-    ids=["another-device", "no-device", "no-configs", "list", "entry-no-object"],
+    ids=["another-device", "no-device", "no-configs", "list", "entry-no-object", "no-key"],
 )
 def test_file_of_another_form_is_an_error(folder: Path, content: object) -> None:
     write(folder, content)
     with pytest.raises(
         ValueError, match=rf"NVIDIA_H100_80GB_HBM3\.json: expected an object with 'device' = '{DEVICE}'"
     ):
-        _config.lookup("op", "m=1", CPU, Config, fallback)
+        lookup("m=1,float16")
 
 
 def test_file_that_is_no_object_is_an_error(folder: Path) -> None:
     write(folder, [1, 2])
     with pytest.raises(ValueError, match=r"NVIDIA_H100_80GB_HBM3\.json"):
-        _config.lookup("op", "m=1", CPU, Config, fallback)
+        lookup("m=1,float16")
 
 
 def test_file_that_is_not_json_is_an_error(folder: Path) -> None:
     write(folder, {}).write_text("{")
     with pytest.raises(ValueError, match=r"NVIDIA_H100_80GB_HBM3\.json"):
-        _config.lookup("op", "m=1", CPU, Config, fallback)
+        lookup("m=1,float16")
 
 
 def test_unknown_field_is_an_error(folder: Path) -> None:
-    write(folder, {"device": DEVICE, "configs": {"m=1": {"block": 64, "wraps": 8}}})
-    with pytest.raises(ValueError, match=r"package.*NVIDIA_H100_80GB_HBM3\.json: the entry 'm=1'.*wraps"):
-        _config.lookup("op", "m=1", CPU, Config, fallback)
+    write(folder, {"device": DEVICE, "configs": {"m=1,float16": {"block": 64, "wraps": 8}}})
+    with pytest.raises(ValueError, match=r"package.*NVIDIA_H100_80GB_HBM3\.json: the entry 'm=1,float16'.*wraps"):
+        lookup("m=1,float16")
 
 
 def test_the_users_entries_win(folder: Path) -> None:
@@ -183,15 +212,16 @@ def test_nearest(key: str, expected: str | None) -> None:
         "windows=400,height=7,width=7,d=32,float16",
         "n=197,s=197,d=64,bfloat16",
     ]
-    assert _config.nearest(key, keys) == expected
-    assert _config.nearest(key, reversed(keys)) == expected
-    assert _config.nearest(key, []) is None
+    wanted, there = Key.parse("op", key), [Key.parse("op", other) for other in keys]
+    found = _config.nearest(wanted, there)
+    assert (found and found.text) == expected
+    assert _config.nearest(wanted, reversed(there)) == found
+    assert _config.nearest(wanted, []) is None
 
 
 def test_the_smaller_of_two_equally_near_ones() -> None:
-    assert _config.nearest("m=200,n=1,k=1,float16", ["m=400,n=1,k=1,float16", "m=100,n=1,k=1,float16"]) == (
-        "m=100,n=1,k=1,float16"
-    )
+    small, wanted, large = (Key.parse("op", f"m={m},n=1,k=1,float16") for m in (100, 200, 400))
+    assert _config.nearest(wanted, [large, small]) == small
 
 
 def test_lookup_takes_the_nearest_shape(folder: Path) -> None:
@@ -203,15 +233,15 @@ def test_lookup_takes_the_nearest_shape(folder: Path) -> None:
 def test_override(folder: Path) -> None:
     key = "m=1000,n=8,k=8,float16"
     write(folder, entries(**{key: {"block": 64}}))
-    with _config.override("op", key, {"block": 2}):
+    with _config.override(Key.parse("op", key), {"block": 2}):
         assert block_of(key) == 2
         # only this very shape
         assert block_of("m=1001,n=8,k=8,float16") == 64
-        with _config.override("op", key, {"block": 3}):
+        with _config.override(Key.parse("op", key), {"block": 3}):
             assert block_of(key) == 3
         assert block_of(key) == 2
     assert block_of(key) == 64
-    with pytest.raises(RuntimeError, match="on purpose"), _config.override("op", key, {"block": 2}):
+    with pytest.raises(RuntimeError, match="on purpose"), _config.override(Key.parse("op", key), {"block": 2}):
         raise RuntimeError("on purpose")
     assert block_of(key) == 64
 
@@ -222,7 +252,20 @@ def test_listen(folder: Path) -> None:
         block_of("m=1,float16")
         block_of("m=7,float16")
     block_of("m=9,float16")
-    assert outer == inner == {("op", "m=1,float16"): Config(64), ("op", "m=7,float16"): Config(1)}
+    wanted = {Key.parse("op", "m=1,float16"): Config(64), Key.parse("op", "m=7,float16"): Config(1)}
+    assert outer == inner == wanted
+
+
+def test_entries_are_added_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "linear" / "GPU_1.json"
+    a, b = (Key.parse("linear", f"{name}=1,float16") for name in "ab")
+    assert _config.write_entries(tmp_path, "GPU 1", {b: {"x": 2}, a: {"x": 1}}) == [path]
+    _config.write_entries(tmp_path, "GPU 1", {b: {"x": 3}})
+    assert json.loads(path.read_text()) == {"device": "GPU 1", "configs": {a.text: {"x": 1}, b.text: {"x": 3}}}
+    assert _config.read(tmp_path, "linear", "GPU 1") == {a: {"x": 1}, b: {"x": 3}}
+    path.write_text(json.dumps({"device": "GPU 2", "configs": {}}))
+    with pytest.raises(ValueError, match="expected an object with 'device' = 'GPU 1'"):
+        _config.write_entries(tmp_path, "GPU 1", {b: {"x": 3}})
 
 
 def test_nothing_is_read_before_the_first_lookup() -> None:

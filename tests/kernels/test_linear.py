@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from tests._close import assert_close
 from tests.kernels._cases import LINEAR, Case, Lane, across_lanes, check, module
-from vitfast.kernels import INTERPRET, linear
+from vitfast.kernels import INTERPRET, linear, linear_ref
 from vitfast.kernels._triton import tl, triton
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
-FILE = module("linear")
-_gelu_16 = FILE._gelu_16
+FILE = module("gemm")
+_gelu_16 = module("activation")._gelu_16
 
 
 @across_lanes("linear")
@@ -88,7 +88,7 @@ def test_library_route(case: Case, dtype: torch.dtype) -> None:
         return function(*(v.to(to) if to and isinstance(v, torch.Tensor) else v for v in values))
 
     def reference(*values: Any) -> torch.Tensor:
-        return FILE.linear_ref(*values, False)
+        return linear_ref(*values, False)
 
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     actual = call(FILE.library_linear)

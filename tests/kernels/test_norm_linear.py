@@ -26,7 +26,7 @@ from vitfast.kernels import (
 )
 
 FILE = module("norm_linear")
-LINEAR_FILE = module("linear")
+GEMM = module("gemm")
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")
 
 
@@ -57,13 +57,13 @@ def test_groups_hold_the_row_s_moments(width: int, poisoned: None) -> None:
 def test_every_kernel_has_both_epilogues(form: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # two tiles of columns, the last one ragged, and several rounds of every loop
     config = {
-        "pointers": LINEAR_FILE.Config(16, 64, 16, 2, num_warps=4, num_stages=2),
-        "split": LINEAR_FILE.Config(16, 64, 16, 2, num_warps=4, num_stages=2, split_k=3),
-        "descriptors": LINEAR_FILE.Config(16, 64, 16, 2, num_warps=4, num_stages=2, tma=True),
-        "halves": LINEAR_FILE.Config(16, 128, 16, 2, num_warps=4, num_stages=2, tma=True, subtile=True),
+        "pointers": GEMM.Config(16, 64, 16, 2, num_warps=4, num_stages=2),
+        "split": GEMM.Config(16, 64, 16, 2, num_warps=4, num_stages=2, split_k=3),
+        "descriptors": GEMM.Config(16, 64, 16, 2, num_warps=4, num_stages=2, tma=True),
+        "halves": GEMM.Config(16, 128, 16, 2, num_warps=4, num_stages=2, tma=True, subtile=True),
     }[form]
-    monkeypatch.setattr(LINEAR_FILE, "arch", lambda device: 90)
-    monkeypatch.setattr(LINEAR_FILE, "heuristic", lambda *args: config)
+    monkeypatch.setattr(GEMM, "arch", lambda device: 90)
+    monkeypatch.setattr(GEMM, "heuristic", lambda *args: config)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

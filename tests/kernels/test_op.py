@@ -86,7 +86,7 @@ def _operator_arguments(case: Case, dtype: torch.dtype, monkeypatch: pytest.Monk
     """What the public function hands its operator."""
     seen: list[tuple[Any, ...]] = []
     homes = {"add_layer_norm": "layer_norm", "attention_qkv": "attention", "attention_lse": "attention"}
-    homes |= {"relative_attention": "attention", "row_stats": "norm_linear", "linear_stats": "norm_linear"}
+    homes |= {"row_stats": "norm_linear", "linear_stats": "norm_linear"}
     file = module(homes.get(case.op, case.op))
     name = f"_{REGISTERED[case.op]}"
     inner = getattr(file, name)

@@ -22,6 +22,7 @@ from tests.vitfast._models import BUILDERS, assert_same, fused_names, images, ra
 from vitfast import attention_backends, kernels
 from vitfast.attention_backends import BACKENDS, attention, attention_qkv
 from vitfast.kernels import _config
+from vitfast.kernels._config import Key
 from vitfast.layers import FusedAttention
 
 X = (2, 3, 24, 32)
@@ -321,7 +322,10 @@ def test_measuring_leaves_a_chosen_backend_alone(monkeypatch: pytest.MonkeyPatch
     built: list[nn.Module] = []
     # as on a GPU: launches are heard, and each has a route to choose
     monkeypatch.setattr(selection, "INTERPRET", True)
-    launches = {("attention", "n=13"): kernels.attention, ("linear", "m=1,float32"): kernels.linear}
+    launches = {
+        Key.parse("attention", "n=13,s=13,d=8,float32"): kernels.attention,
+        Key.parse("linear", "m=1,n=8,k=8,float32"): kernels.linear,
+    }
     monkeypatch.setattr(selection, "_heard", lambda run: built.append(run) or launches)
     model = vitfast.accelerate(reference(), attention="sdpa", example=images(*X))
     assert built
@@ -339,12 +343,12 @@ def test_measuring_leaves_a_chosen_backend_alone(monkeypatch: pytest.MonkeyPatch
 def test_triton_runs_the_kernel_whatever_the_table_says(bias: tuple[int, ...] | None) -> None:
     q, k, v = heads(s=11)
     added = None if bias is None else images(*bias)
-    key = "n=13,s=11,d=16,float32" + ("" if bias is None else ",bias")
+    key = Key.parse("attention", "n=13,s=11,d=16,float32" + ("" if bias is None else ",bias"))
     entry = {"block_m": 16, "block_s": 16, "num_warps": 4, "num_stages": 1, "library": True}
-    with _config.override("attention", key, entry), _config.listen() as heard:
+    with _config.override(key, entry), _config.listen() as heard:
         auto = attention(q, k, v, 0.3, added)
         triton = attention(q, k, v, 0.3, added, backend="triton")
-    assert [op for op, _ in heard] == ["attention"]
+    assert list(heard) == [key]
     wide = [None if x is None else x.double() for x in (q, k, v, added)]
     truth = kernels.attention_ref(*wide, 0.3, False).transpose(1, 2)
     torch_own = kernels.attention_ref(q, k, v, added, 0.3, False).transpose(1, 2)

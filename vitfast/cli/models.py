@@ -74,12 +74,12 @@ def attend_command(options: argparse.Namespace) -> int:
 
     from PIL import Image
 
-    from ..swap.accelerate import accelerate
     from ..attention_maps import attention_maps, draw, rollout
     from ..demo import load_image, look
-    from ..swap.precision import get_precision
     from ..proof.libraries import has_weights
     from ..proof.subjects import build_model, pick_device
+    from ..swap.accelerate import accelerate
+    from ..swap.precision import get_precision
 
     out = Path(options.out)
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:

@@ -24,7 +24,6 @@ from .. import kernels
 from ..layers import epilogue, is_linear
 
 
-
 class LayerNorm(nn.Module):
     """`torch.nn.LayerNorm`."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels._op import KERNEL_DTYPES, autocast
-from ..kernels.attention import relative_index
+from ..kernels.relative_attention import relative_index
 
 BACKENDS = ("auto", "triton", "sdpa", "flash_attn", "xformers")
 

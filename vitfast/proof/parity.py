@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..swap.accelerate import accelerate, restore
 from ..adapters import match
 from ..layers import FusedBlock, FusedLayer
-from ..swap.precision import get_precision
 from ..rule import ALIKE, FACTOR, Comparison, compare
+from ..swap.accelerate import accelerate, restore
+from ..swap.precision import get_precision
 from ..table import text_table
 from .draws import Draws, RandomState
 

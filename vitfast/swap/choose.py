@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import INTERPRET, _config
+from ..kernels._config import Key, has_library
 from .choices_file import Choice, Figure, choices_path, digest, read_choices, write_choice
 
 BUDGET_S = 10.0
 """Seconds for all of it; what must run at least once may exceed it on a slow machine."""
 
 
-ROUTES = ("linear", "attention")
-"""Ops whose config can say `library`."""
 
 
 def select(
@@ -134,20 +133,20 @@ def _measure(
                 kept.remove(kind)
 
     library: dict[str, tuple[str, ...]] = {}
+    entries: dict[Key, dict[str, Any]] = {}
     heard = _heard(with_kinds(kept)) if kept and (device.type == "cuda" or INTERPRET) else {}
-    for op, launch in heard:
-        if op not in ROUTES or not _has_library(op, launch) or (op == "attention" and attention != "auto"):
+    for key, config in heard.items():
+        if not has_library(key) or (key.op == "attention" and attention != "auto"):
             continue
-        routes = [asdict(replace(heard[op, launch], library=library_too)) for library_too in (False, True)]
+        routes = [asdict(replace(config, library=library_too)) for library_too in (False, True)]
         # a model for each route: a graph keeps the one under which it was captured
-        candidates = [_under(with_kinds(kept), [(op, launch, entry)]) for entry in routes]
+        candidates = [_under(with_kinds(kept), {key: entry}) for entry in routes]
         timings = timed(dict(zip(("ours", "library"), candidates, strict=True)), 0.2)
         stays = not timings["library"].p80 < timings["ours"].p20
-        figures.append(Figure(f"{op} {launch}", timings["ours"].median, timings["library"].median, stays))
+        figures.append(Figure(str(key), timings["ours"].median, timings["library"].median, stays))
         if not stays:
-            library[op] = (*library.get(op, ()), launch)
-    chosen = [(op, launch) for op, keys in library.items() for launch in keys]
-    entries = [(*launch, asdict(replace(heard[launch], library=True))) for launch in chosen]
+            library[key.op] = (*library.get(key.op, ()), key.text)
+            entries[key] = routes[True]
     timings = timed({"ours": _under(with_kinds(kept), entries), "plain": plain}, 0.9)
     wins = bool(kept) and not timings["plain"].p80 < timings["ours"].p20
     figures.append(Figure("model", timings["ours"].median, timings["plain"].median, wins))
@@ -157,40 +156,30 @@ def _measure(
     return Choice(tuple(kept), library, tuple(figures))
 
 
-def _heard(run: Callable[[int], Any]) -> dict[tuple[str, str], Any]:
+def _heard(run: Callable[[int], Any]) -> dict[Key, Any]:
     with _config.listen() as heard:
         run(0)
     return heard
 
 
-def _under(run: Callable[[int], Any], entries: list[tuple[str, str, dict[str, Any]]]) -> Callable[[int], Any]:
+def _under(run: Callable[[int], Any], entries: Mapping[Key, dict[str, Any]]) -> Callable[[int], Any]:
     """A call with these entries in the place of what its launches would look up."""
 
     def call(i: int) -> Any:
         with ExitStack() as stack:
-            for op, key, entry in entries:
-                stack.enter_context(_config.override(op, key, entry))
+            for key, entry in entries.items():
+                stack.enter_context(_config.override(key, entry))
             return run(i)
 
     return call
 
 
-def _has_library(op: str, key: str) -> bool:
-    words = key.split(",")
-    return op != "linear" or not {"float32", "norm", "stats"} & set(words)
-
-
-def _adopt(entries: list[tuple[str, str, dict[str, Any]]], device: torch.device) -> None:
+def _adopt(entries: Mapping[Key, dict[str, Any]], device: torch.device) -> None:
     """Have later launches take torch's routine: an entry in the user's own configs for this device."""
     name = _config._device_name(device)
     if not entries or name is None:
         return
-    from ..benchmarks.tune import write_entries
-
-    by_op: dict[str, dict[str, Any]] = {}
-    for op, key, entry in entries:
-        by_op.setdefault(op, {})[key] = entry
-    write_entries(_config.user_folder(), name, by_op)
+    _config.write_entries(_config.user_folder(), name, entries)
     _config.forget()
 
 
