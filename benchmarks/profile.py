@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
 import vitfast
+from vitfast.clock import timing
+from vitfast.clock.ceilings import Ceilings, measure_ceilings
 from vitfast.parity import fp32_products, seed_weights
 
-from . import measure
-from .measure import Ceilings
 from .registry import DTYPES, MODELS, Workload, workloads
 
 SCOPES = ("block", "model")
@@ -215,7 +215,7 @@ def profile(
     for workload in workloads(("kernel",), (model,), (batch,), (dtype,)):
         known.setdefault(_key(workload), workload)
     if ceilings is None or dtype not in ceilings.gemm_tflop_s:
-        ceilings = measure.measure_ceilings(device, {dtype: DTYPES[dtype]}, quick=quick)
+        ceilings = measure_ceilings(device, {dtype: DTYPES[dtype]}, quick=quick)
     options = {**MODELS.get(model, {}), **({"depth": 1} if scope == "block" else {})}
     whole: Any = seed_weights(vitfast.create_model(model, **options)).eval().to(device)
     vitfast.accelerate(whole, precision=dtype)
@@ -231,11 +231,11 @@ def profile(
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with fp32_products(device, dtype == "tf32"):
-        wall = measure.time_interleaved({"call": run}, device, budget_s=0.1 if quick else 2.0)["call"].median
+        wall = timing.time_interleaved({"call": run}, device, budget_s=0.1 if quick else 2.0)["call"].median
         with record(activities=activities, record_shapes=True) as recorded:
             for i in range(calls):
                 run(i)
-            measure.synchronize(device)
+            timing.synchronize(device)
     totals = _collect(list(recorded.events() or []), known)
     busy = sum(microseconds for _, microseconds, _ in totals.values()) / 1e3 / calls
     by_name = {workload.name: workload for workload in known.values()}

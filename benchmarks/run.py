@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vitfast import preprocess
+from vitfast.clock import machine, timing
+from vitfast.clock.ceilings import Ceilings, measure_ceilings
 from vitfast.parity import compare
 
-from . import measure
 from .peers import Peer, peers, train_step
 from .registry import BATCHED, Workload, photo_spec
 from .results import Row, Run, load, same_run
@@ -199,7 +200,7 @@ def rotation(workload: Workload, device: torch.device) -> list[dict[str, Any]]:
 
 def build(
     workload: Workload, peer: Peer, device: torch.device, sets: list[dict[str, Any]], parity: Parity
-) -> tuple[Row, measure.Candidate | None]:
+) -> tuple[Row, timing.Candidate | None]:
     """Build a candidate and hold it to the parity rule.
 
     Args:
@@ -222,13 +223,13 @@ def build(
         def call(index: int) -> Tensor:
             return function(sets[index % len(sets)])
 
-        row = replace(row, cold_ms=measure.cold_ms(call, device))
+        row = replace(row, cold_ms=timing.cold_ms(call, device))
         worst, limit, ok = parity.check(function)
         row = replace(row, error=worst if math.isfinite(worst) else None, error_limit=limit)
         if not ok:
             note = f"breaks the parity rule: largest error {worst:.3e} of {limit:.3e}, or its rms"
             return replace(row, status="failed parity", note=note), None
-        return replace(row, peak_mb=measure.peak_memory_mb(call, device)), call
+        return replace(row, peak_mb=timing.peak_memory_mb(call, device)), call
     except torch.OutOfMemoryError as error:
         return replace(row, status="out of memory", note=str(error).splitlines()[0]), None
     except Exception as error:
@@ -243,7 +244,7 @@ def run_workload(
     workload: Workload,
     candidates: tuple[Peer, ...],
     device: torch.device,
-    ceilings: measure.Ceilings,
+    ceilings: Ceilings,
     *,
     budget_s: float,
     step: Callable[[str, float], None],
@@ -259,7 +260,7 @@ def run_workload(
         step: takes the name of the candidate that is next, and the share of the workload that is done.
     """
     rows: dict[str, Row] = {}
-    ready: dict[str, measure.Candidate] = {}
+    ready: dict[str, timing.Candidate] = {}
     with tf32(workload):
         try:
             sets = rotation(workload, device)
@@ -275,21 +276,21 @@ def run_workload(
                 ready[peer.name] = call
         step(f"timing {len(ready)} candidates", len(candidates) / (len(candidates) + 1))
         try:
-            timings = measure.time_interleaved(ready, device, budget_s=budget_s)
+            timings = timing.time_interleaved(ready, device, budget_s=budget_s)
         except torch.OutOfMemoryError as error:
             for name in ready:
                 rows[name] = replace(rows[name], status="out of memory", note=str(error).splitlines()[0])
             return list(rows.values())
     floor = ceilings.floor_ms(workload.flops, workload.bytes, workload.dtype)
-    telemetry = measure.telemetry(device)
-    for name, timing in timings.items():
+    telemetry = machine.telemetry(device)
+    for name, taken in timings.items():
         rows[name] = replace(
             rows[name],
-            ms=timing.median,
-            ms_p20=timing.p20,
-            ms_p80=timing.p80,
-            samples=timing.samples,
-            calls=timing.calls,
+            ms=taken.median,
+            ms_p20=taken.p20,
+            ms_p80=taken.p80,
+            samples=taken.samples,
+            calls=taken.calls,
             floor_ms=floor,
             telemetry=telemetry,
         )
@@ -323,14 +324,14 @@ def run(
         ValueError: an unknown peer, or a results file of another schema or of another device, version or commit.
     """
     chosen = select_peers(peer_names)
-    environment = measure.environment(device)
+    environment = machine.environment(device)
     result = load(path) if path.exists() else Run(environment)
     if not same_run(result.environment, environment):
         raise ValueError(f"{path} holds another run (device, versions or commit differ); give another --out")
     dtypes = {w.dtype: w.torch_dtype for w in todo}
     if result.ceilings is None or not dtypes.keys() <= result.ceilings.gemm_tflop_s.keys():
         say("ceilings: copy bandwidth and GEMM rate")
-        measured = measure.measure_ceilings(device, dtypes, quick=quick)
+        measured = measure_ceilings(device, dtypes, quick=quick)
         # a precision that an earlier call measured keeps the rate that its rows were judged by
         known = {} if result.ceilings is None else dict(result.ceilings.gemm_tflop_s)
         result.ceilings = replace(measured, gemm_tflop_s={**measured.gemm_tflop_s, **known})

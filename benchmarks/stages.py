@@ -45,9 +45,10 @@ from typing import Any, NoReturn
 import torch
 
 import vitfast
+from vitfast.clock import machine
 from vitfast.kernels._config import user_folder
 
-from . import gpu_tests, measure, registry
+from . import gpu_tests, registry
 from .registry import Workload, workloads
 from .results import Row, Run, load, same_run, write_json
 from .targets import fastest, is_compiled_peer, is_ours, standings
@@ -175,7 +176,7 @@ def _start(plan: Plan) -> None:
     Raises:
         ValueError: it or the results file is another run's, or damaged.
     """
-    environment = measure.environment(plan.device)
+    environment = machine.environment(plan.device)
     if plan.results.exists() and not same_run(load(plan.results).environment, environment):
         raise ValueError(f"{plan.results} holds another run (device, versions or commit differ); give another --out")
     if not plan.file.exists():
@@ -601,7 +602,7 @@ def _stage_lines(name: str, entry: dict[str, Any]) -> list[str]:
 def summary(plan: Plan) -> str:
     """A short table of all that the folder holds."""
     stages = _stages(plan)
-    lines = ["", f"{_device_name(plan.device)}, torch {torch.__version__}, {measure.commit() or 'no commit'}"]
+    lines = ["", f"{_device_name(plan.device)}, torch {torch.__version__}, {machine.commit() or 'no commit'}"]
     known = [(name, stages[name]) for name in STAGES if name in stages]
     for name, entry in known:
         lines += _stage_lines(name, entry)
@@ -648,7 +649,7 @@ def slug(device_name: str) -> str:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else measure.cpu_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
 
 
 class _Parser(argparse.ArgumentParser):

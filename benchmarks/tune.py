@@ -39,6 +39,8 @@ import torch
 from torch import Tensor
 
 import vitfast
+from vitfast.clock import machine
+from vitfast.clock import timing as measure
 from vitfast.kernels import INTERPRET, _config
 from vitfast.kernels._triton import cdiv, next_power_of_2
 from vitfast.kernels.attention import split_head_dim
@@ -46,7 +48,6 @@ from vitfast.kernels.linear import STATS_WIDTH
 from vitfast.layers import KINDS
 from vitfast.parity import compare, fp32_products, seed_weights
 
-from . import measure
 from .registry import DTYPES, MODELS
 from .results import write_json
 
@@ -792,7 +793,7 @@ def tune(
             say(f"tune: wrote {path}")
         _config.forget()
     if report is not None:
-        _add_to_report(report, result, measure.environment(device))
+        _add_to_report(report, result, machine.environment(device))
     return result
 
 

@@ -124,7 +124,7 @@ def _measure(
     budget_s: float,
 ) -> Choice:
     from . import accelerate
-    from .benchmarks.measure import sample_ms, time_interleaved
+    from .clock.timing import sample_ms, time_interleaved
 
     begin = time.monotonic()
     device = example.device
@@ -239,7 +239,7 @@ def _adopt(entries: list[tuple[str, str, dict[str, Any]]], device: torch.device)
 
 
 def _path(device: torch.device) -> Path:
-    from .benchmarks.measure import cpu_name
+    from .clock.machine import cpu_name
 
     return _config.user_folder() / "choices" / _config.file_name(_config._device_name(device) or cpu_name())
 
@@ -254,7 +254,7 @@ def _key(
 ) -> str:
     """A digest of all that decides what is faster, but the device."""
     from . import __version__
-    from .benchmarks.measure import versions
+    from .clock.machine import versions
 
     modules = [
         (name, f"{type(module).__module__}.{type(module).__qualname__}", len(module._forward_hooks))

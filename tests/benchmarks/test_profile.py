@@ -14,8 +14,8 @@ from torch.profiler import profile as record
 
 from vitfast.benchmarks import profile as profiles
 from vitfast.benchmarks import registry
-from vitfast.benchmarks.measure import Ceilings
 from vitfast.benchmarks.profile import Line, Profile, profile, work_of
+from vitfast.clock.ceilings import Ceilings
 
 CPU = torch.device("cpu")
 MODEL = "vit_tiny_patch16_224"
@@ -83,7 +83,7 @@ def test_ceilings_are_measured_where_none_of_that_dtype_are_given(monkeypatch: p
         asked.append((dtypes, quick))
         return CEILINGS
 
-    monkeypatch.setattr(profiles.measure, "measure_ceilings", measured)
+    monkeypatch.setattr(profiles, "measure_ceilings", measured)
     for given in (None, Ceilings(1.0, {"bf16": 1.0}), CEILINGS):
         found = profile(MODEL, batch=1, dtype="fp32", device=CPU, ceilings=given, calls=1, quick=True)
         assert found.ceilings is CEILINGS

@@ -17,25 +17,26 @@ from PIL import Image
 from torch import Tensor
 
 import vitfast
-from vitfast.benchmarks import measure, registry, report, run
+from vitfast.benchmarks import registry, report, run
 from vitfast.benchmarks.peers import Peer, peers, plain
 from vitfast.benchmarks.registry import Workload
 from vitfast.benchmarks.results import Run, load
+from vitfast.clock import ceilings, machine, timing
 
 CPU = torch.device("cpu")
 MODEL = "vit_tiny_patch16_224"
-TIME_INTERLEAVED = measure.time_interleaved
+TIME_INTERLEAVED = timing.time_interleaved
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The suite's smallest model at two blocks and 32 pixels; environments that do not ask git or the GPU."""
     monkeypatch.setitem(registry.MODELS, MODEL, {"depth": 2, "img_size": 32, "num_classes": 7})
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": "fake processor", "versions": {}})
+    monkeypatch.setattr(machine, "environment", lambda device: {"device": "fake processor", "versions": {}})
     # times do not matter here, only that they are taken
-    timed = measure.time_interleaved
-    monkeypatch.setattr(measure, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
-    monkeypatch.setattr(measure, "CEILING_S", 0.01)
+    timed = timing.time_interleaved
+    monkeypatch.setattr(timing, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
+    monkeypatch.setattr(ceilings, "CEILING_S", 0.01)
     registry.reference_model.cache_clear()
     registry.model_flops.cache_clear()
     yield
@@ -256,7 +257,7 @@ def test_a_second_precision_gets_its_ceiling(tmp_path: Path) -> None:
 def test_another_run_s_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.json"
     _run(path, "torch eager")
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": "another", "versions": {}})
+    monkeypatch.setattr(machine, "environment", lambda device: {"device": "another", "versions": {}})
     with pytest.raises(ValueError, match="holds another run"):
         _run(path, "torch eager")
 
@@ -290,7 +291,7 @@ def test_candidates_take_turns_and_inputs_rotate() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
     order: list[str] = []
 
-    def candidate(name: str) -> measure.Candidate:
+    def candidate(name: str) -> timing.Candidate:
         def call(index: int) -> None:
             seen[name].append(index)
             order.append(name)
@@ -314,14 +315,14 @@ def test_candidates_take_turns_and_inputs_rotate() -> None:
 
 def test_a_ceiling_is_the_fastest_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([9.0, 8.0, 3.0, 2.0, 7.0])
-    monkeypatch.setattr(measure, "sample_ms", lambda *args: next(times, 4.0))
-    monkeypatch.setattr(measure, "CEILING_S", 0.05)
-    assert measure._fastest_ms(lambda i: None, CPU) == 2.0
+    monkeypatch.setattr(ceilings, "sample_ms", lambda *args: next(times, 4.0))
+    monkeypatch.setattr(ceilings, "CEILING_S", 0.05)
+    assert ceilings._fastest_ms(lambda i: None, CPU) == 2.0
 
 
 def test_every_gemm_of_the_ceiling_is_the_product() -> None:
     a, b = torch.randn(2, 24, 24).unbind(0)
-    gemms = measure._gemms(a, b)
+    gemms = ceilings._gemms(a, b)
     assert len(gemms) == 1 + torch.backends.mkldnn.is_available()
     for gemm in gemms:
         torch.testing.assert_close(gemm(0), a @ b)
@@ -372,9 +373,9 @@ def test_steps_tell_how_far_a_run_is(tmp_path: Path) -> None:
 
 
 def test_percentiles() -> None:
-    timing = measure.summarize([float(i) for i in range(1, 12)], calls=3)
-    assert dataclasses.astuple(timing) == (6.0, 3.0, 9.0, 11, 3)
-    assert measure.summarize([4.0], calls=1).p80 == 4.0
+    found = timing.summarize([float(i) for i in range(1, 12)], calls=3)
+    assert dataclasses.astuple(found) == (6.0, 3.0, 9.0, 11, 3)
+    assert timing.summarize([4.0], calls=1).p80 == 4.0
 
 
 def test_flops_of_vit_b() -> None:

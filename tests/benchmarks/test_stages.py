@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from vitfast.benchmarks import gpu_tests, measure, registry, run, stages
+from vitfast.benchmarks import gpu_tests, registry, run, stages
 from vitfast.benchmarks.results import Row, Run, load
+from vitfast.clock import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -238,7 +239,7 @@ def test_files_of_another_run_are_refused(
     file: str, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": "fake processor"})
+    monkeypatch.setattr(machine, "environment", lambda device: {"device": "fake processor"})
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
@@ -251,7 +252,7 @@ def test_files_of_another_run_are_refused(
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> stages.Plan:
     """Of a dry run whose file is there, for stages in this process."""
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": "fake processor"})
+    monkeypatch.setattr(machine, "environment", lambda device: {"device": "fake processor"})
     monkeypatch.setattr(stages, "_end_with_parent", lambda: None)
     monkeypatch.setitem(registry.MODELS, stages.TINY, registry.MODELS[stages.TINY])
     found = stages.Plan(ROOT, tmp_path, torch.device("cpu"), True, 60.0)

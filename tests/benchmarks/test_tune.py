@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.kernels._cases import file_of
-from vitfast.benchmarks import measure, tune
+from vitfast.benchmarks import tune
 from vitfast.benchmarks.registry import MODELS
 from vitfast.benchmarks.tune import Launch, candidates, contest, refinements
 from vitfast.cli import main
+from vitfast.clock import timing as measure
 from vitfast.kernels import INTERPRET, _config
 
 H100 = {"arch": 90, "shared": 227 * 1024, "sms": 132}
