@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 import torch
 
-from vitfast.benchmarks import registry
 from vitfast.benchmarks.peers import Peer
-from vitfast.benchmarks.registry import DTYPES, Workload, workloads
-from vitfast.benchmarks.run import Parity, build, rotation, select_peers, tf32
-from vitfast.benchmarks.targets import is_ours
+from vitfast.benchmarks.report.targets import is_ours
+from vitfast.benchmarks.runner.check import Parity, rotation, tf32
+from vitfast.benchmarks.runner.run import build, select_peers
+from vitfast.benchmarks.workloads import base
+from vitfast.benchmarks.workloads.base import DTYPES, Workload
+from vitfast.benchmarks.workloads.table import workloads
 from vitfast.clock import machine, timing
 from vitfast.clock.ceilings import Ceilings, measure_ceilings
 
@@ -55,9 +57,9 @@ def _models(config: pytest.Config) -> Iterator[bool]:
     if CUDA or config.getoption("--vitfast-model"):
         yield False
         return
-    caches = (registry.reference_model.cache_clear, registry.model_flops.cache_clear)
+    caches = (base.reference_model.cache_clear, base.model_flops.cache_clear)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.MODELS, TOY, TOY_OPTIONS)
+        patch.setitem(base.MODELS, TOY, TOY_OPTIONS)
         for forget in caches:
             forget()
         yield True

@@ -48,8 +48,8 @@ from vitfast.kernels.linear import STATS_WIDTH
 from vitfast.layers import KINDS
 from vitfast.parity import compare, fp32_products, seed_weights
 
-from .registry import DTYPES, MODELS
-from .results import write_json
+from .runner.results import write_json
+from .workloads.base import DTYPES, MODELS
 
 SCHEMA = 1
 

@@ -368,7 +368,12 @@ def _doctor(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from .benchmarks import registry, report, run
+    from .benchmarks.report import page
+    from .benchmarks.report.markdown import markdown
+    from .benchmarks.runner.progress import Progress
+    from .benchmarks.runner.run import run
+    from .benchmarks.workloads.base import BATCHES, MODELS
+    from .benchmarks.workloads.table import workloads
     from .parity import pick_device
 
     device = pick_device(options.device)
@@ -377,12 +382,12 @@ def _bench(options: argparse.Namespace) -> int:
         models: tuple[str, ...] = ("vit_tiny_patch16_224",)
         batches: tuple[int, ...] = (1,)
     else:
-        models = tuple(registry.MODELS) if cuda else ("vit_tiny_patch16_224", "vit_base_patch16_224")
-        batches = registry.BATCHES if cuda else (1,)
+        models = tuple(MODELS) if cuda else ("vit_tiny_patch16_224", "vit_base_patch16_224")
+        batches = BATCHES if cuda else (1,)
     layers = list(options.layers or ["model"])
     if (options.kernels or options.quick) and "kernel" not in layers:
         layers.append("kernel")
-    todo = registry.workloads(
+    todo = workloads(
         tuple(layers),
         tuple(options.model or models),
         tuple(options.batch or batches),
@@ -391,19 +396,18 @@ def _bench(options: argparse.Namespace) -> int:
     # what is asked for most comes first, so that a budget cuts the rest
     todo.sort(key=lambda workload: layers.index(workload.layer))
     out = Path(options.out)
-    with run.Bar(sys.stderr) as bar:
-        result = run.run(
+    with Progress(sys.stderr) as progress:
+        result = run(
             todo,
             out / "results.json",
             device,
             peer_names=None if options.peers is None else tuple(options.peers),
             budget_s=options.budget or (20.0 if options.quick else None),
             quick=options.quick,
-            say=bar.say,
-            progress=bar.step,
+            progress=progress,
         )
-    written = report.write(result, out)
-    print(report.markdown(result))
+    written = page.write(result, out)
+    print(markdown(result))
     for path in written:
         _progress(f"wrote {path}")
     return 1 if any(row.status == "failed parity" and row.candidate.startswith("vitfast") for row in result.rows) else 0
@@ -412,8 +416,8 @@ def _bench(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from .benchmarks.compare import compare
-    from .benchmarks.results import load
+    from .benchmarks.report.compare import compare
+    from .benchmarks.runner.results import load
 
     found = compare(load(Path(options.a)), load(Path(options.b)))
     print(found)

@@ -10,15 +10,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: C
     """Columns of equal width, two blanks apart, without trailing blanks.
 
     Args:
-        header: names of the columns, underlined with dashes; empty for rows alone.
+        header: names of the columns; empty for rows alone.
         rows: cells; a row may be shorter than the longest.
         right: columns that are set to the right, such as numbers.
     """
-    lines = [list(row) for row in ((header, *rows) if header else rows)]
+    lines = [header, *rows] if header else list(rows)
     columns = max(map(len, lines), default=0)
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(columns)]
-    if header:
-        lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join(c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(line)).rstrip()
         for line in lines

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from vitfast.benchmarks.results import Row, Run
+from vitfast.benchmarks.runner.results import Row, Run
 from vitfast.clock.ceilings import Ceilings
 from vitfast.clock.timing import summarize
 

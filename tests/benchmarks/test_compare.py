@@ -12,7 +12,7 @@ import pytest
 
 from tests.benchmarks._fake import environment, fake_run, timed
 from vitfast.benchmarks.compare import FLOOR, compare
-from vitfast.benchmarks.results import Row, Run
+from vitfast.benchmarks.runner.results import Row, Run
 from vitfast.clock.ceilings import Ceilings
 from vitfast.clock.timing import summarize
 

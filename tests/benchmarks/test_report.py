@@ -15,7 +15,7 @@ import pytest
 
 from tests.benchmarks._fake import FAKE_CPU, FAKE_GPU, environment, fake_run
 from vitfast.benchmarks import docs_pages, plots, report, targets
-from vitfast.benchmarks.results import Row, Run
+from vitfast.benchmarks.runner.results import Row, Run
 from vitfast.clock.ceilings import Ceilings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ import vitfast
 from vitfast.benchmarks import registry, report, run
 from vitfast.benchmarks.peers import Peer, peers, plain
 from vitfast.benchmarks.registry import Workload
-from vitfast.benchmarks.results import Run, load
+from vitfast.benchmarks.runner.results import Run, load
 from vitfast.clock import ceilings, machine, timing
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from vitfast.benchmarks import gpu_tests, registry, run, stages
-from vitfast.benchmarks.results import Row, Run, load
+from vitfast.benchmarks.runner.results import Row, Run, load
 from vitfast.clock import machine
 
 ROOT = Path(__file__).resolve().parents[2]

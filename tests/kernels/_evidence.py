@@ -34,7 +34,8 @@ import vitfast
 import vitfast.kernels
 from tests.kernels._cases import FILES, module
 from tests.kernels._compiler import MULTIPROCESSORS, Compiled, compiling, disassemble, meta
-from vitfast.benchmarks import registry
+from vitfast.benchmarks.workloads import base as registry
+from vitfast.benchmarks.workloads import table
 from vitfast.kernels import _config
 from vitfast.layers import FusedModel
 
@@ -162,7 +163,7 @@ def workloads(name: str, batch: int) -> dict[str, registry.Workload]:
     with pytest.MonkeyPatch.context() as patch:
         # sizes are all that is asked of it here
         patch.setattr(registry, "reference_model", plain_model)
-        found = registry.workloads(("kernel",), (name,), (batch,), ("bf16",))
+        found = table.workloads(("kernel",), (name,), (batch,), ("bf16",))
     return {workload.name.partition("/")[0]: workload for workload in found}
 
 

@@ -9,7 +9,6 @@ def test_columns_of_text_line_up() -> None:
     text = text_table(["name", "ms", ""], [["a", "12.5", "note"], ["longer", "3", ""], ["b"]], right={1})
     assert text.splitlines() == [
         "name      ms",
-        "------  ----  ----",
         "a       12.5  note",
         "longer     3",
         "b",

@@ -24,7 +24,8 @@ from vitfast.clock import timing
 from vitfast.clock.ceilings import Ceilings, measure_ceilings
 from vitfast.parity import fp32_products, seed_weights
 
-from .registry import DTYPES, MODELS, Workload, workloads
+from .workloads.base import DTYPES, MODELS, Workload
+from .workloads.table import workloads
 
 SCOPES = ("block", "model")
 
