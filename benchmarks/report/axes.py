@@ -1,8 +1,8 @@
 """Charts of matplotlib as SVG text: narrow enough to be read on a phone, in the page's light or dark colours.
 
 A chart is drawn in the light palette, whose colours are replaced by the style sheet's variables: inline it follows the
-page, and as a file it brings its own style sheet. Text stays text, marks have a `<title>`, and nothing is told by colour
-alone.
+page, and as a file it brings its own style sheet. Text stays text, marks have a `<title>`, and nothing is told by
+colour alone.
 """
 
 from __future__ import annotations
@@ -137,14 +137,18 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub(r'<g id="title:([^"]*)"', r"<g><title>\1</title", svg)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    # a hundredth of a point is enough
-    svg = re.sub(r' (?:d|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(found[0].split())), svg)
+    svg = re.sub(r' (?:d|transform)="[^"]*"', _rounded, svg)
     for name, value in LIGHT.items():
         svg = svg.replace(value, f"var(--{name})")
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
     head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]}'
     return f'{head} role="img" aria-label="{escape(label)}">{svg[svg.index(">") + 1 :].strip()}'
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    """A hundredth of a point is enough."""
+    return " " + " ".join(re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).split())
 
 
 def _grid(axis: Any) -> None:
@@ -202,37 +206,36 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
         limit: a value to draw a line at, and its name.
     """
     with matplotlib.rc_context(_RC):
-        figure, axes = _axes(0.45 + 0.19 * len(bars))
-        most = max([value for bar in bars for value in (bar.value, bar.high) if value], default=1.0)
-        most = max(most, limit[0] if limit else 0.0)
-        places, place = [], 0.0
-        for before, bar in zip((bars[0], *bars), bars, strict=False):
-            place += 1.5 if (family(before.name) == 0) != (family(bar.name) == 0) else 1.0
-            places.append(place)
-        for place, bar in zip(places, bars, strict=True):
-            ours = family(bar.name) == 0
-            weight = "bold" if ours else "normal"
-            end = max(bar.value or 0.0, bar.high or 0.0) + 0.02 * most
+        ours = [family(bar.name) == 0 for bar in bars]
+        places = [i + 0.5 * sum(a != b for a, b in zip(ours[:i], ours[1 : i + 1], strict=True)) for i in range(len(bars))]
+        rows = places[-1] + (2.2 if limit else 1.2)
+        height = 0.25 + 0.18 * rows
+        # a letter takes about 0.062 inches, a bold one 0.07
+        letter = [0.07 if mine else 0.062 for mine in ours]
+        left = 0.1 + max(len(bar.name) * width for bar, width in zip(bars, letter, strict=True))
+        timed = [(bar, width) for bar, width in zip(bars, letter, strict=True) if bar.value is not None]
+        behind = 0.1 + max((len(bar.text) * width for bar, width in timed), default=0.0)
+        figure = Figure(figsize=(WIDTH, height))
+        axes = figure.add_axes((left / WIDTH, 0.0, 1 - left / WIDTH, 1 - 0.25 / height))
+        ends = [value for bar in bars for value in (bar.value, bar.high) if value]
+        inch = max([*ends, limit[0] if limit else 0.0], default=0.0) / max(0.5, WIDTH - left - behind) or 1.0
+        axes.set(xlim=(0, inch * (WIDTH - left)), ylim=(rows - 0.6, -0.6), xticks=[], yticks=[])
+        axes.spines["bottom"].set_visible(False)
+        for place, bar, mine in zip(places, bars, ours, strict=True):
+            style: dict[str, Any] = {"va": "center", "fontsize": 7.5, "weight": "bold" if mine else "normal"}
+            axes.text(-0.05 * inch, place, bar.name, ha="right", **style)
             if bar.value is not None:
-                colour, alpha = LIGHT[f"k{family(bar.name)}"], 0.92 if ours else 0.62
+                colour, alpha = LIGHT[f"k{family(bar.name)}"], 0.92 if mine else 0.62
                 axes.barh(place, bar.value, 0.7, color=colour, alpha=alpha, gid=f"title:{bar.name}: {bar.text}")
                 if bar.low is not None and bar.high is not None:
                     axes.plot([bar.low, bar.high], [place] * 2, "-|", color=LIGHT["ink"], linewidth=0.9, markersize=4)
-            colour = LIGHT["soft" if bar.value is None else "ink"]
-            axes.text(end, place, bar.text, va="center", fontsize=7.5, color=colour, weight=weight)
-        axes.set_yticks(places, [bar.name for bar in bars], color=LIGHT["ink"], fontsize=7.5)
-        for bar, name in zip(bars, axes.get_yticklabels(), strict=True):
-            name.set_weight("bold" if family(bar.name) == 0 else "normal")
-        axes.set_ylim(places[-1] + 0.6, places[0] - 0.6)
-        # room for the texts behind the bars
-        longest = max(len(bar.text) + (2 if family(bar.name) == 0 else 0) for bar in bars)
-        axes.set_xlim(0, most * (1.05 + 0.06 * longest))
-        axes.tick_params(left=False, bottom=False, labelbottom=False)
-        axes.spines[["bottom"]].set_visible(False)
+            end = max(bar.value or 0.0, bar.high or 0.0) + 0.06 * inch
+            axes.text(end, place, bar.text, color=LIGHT["soft" if bar.value is None else "ink"], **style)
         axes.set_title(x_label, loc="left", fontsize=8, color=LIGHT["soft"])
         if limit:
-            axes.axvline(limit[0], color=LIGHT["soft"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-            axes.text(limit[0], places[-1] + 0.7, limit[1], ha="center", va="top", fontsize=7.5, color=LIGHT["soft"])
+            line = {"color": LIGHT["soft"], "linewidth": 0.8, "dashes": (4, 3), "zorder": 0}
+            axes.plot([limit[0]] * 2, [-0.6, places[-1] + 0.6], **line)
+            axes.text(limit[0], places[-1] + 1.1, limit[1], ha="center", va="center", fontsize=7.5, color=LIGHT["soft"])
         return _svg(figure, label)
 
 
@@ -265,12 +268,13 @@ def roofline(marks: Sequence[Mark], ceiling: float, bandwidth: float, *, label: 
         axes.text(x, y, f"copy {number(bandwidth)} GB/s", **slope, **texts)
         for mark in sorted(marks, key=lambda mark: family(mark.name) == 0):
             mine = family(mark.name) == 0
-            face = {"markerfacecolor": LIGHT["k0" if mine else "card"], "markeredgecolor": LIGHT["k0" if mine else "k1"]}
+            inside, edge = LIGHT["k0" if mine else "card"], LIGHT["k0" if mine else "k1"]
+            face = {"markerfacecolor": inside, "markeredgecolor": edge}
             axes.plot(mark.work, mark.rate, "o", markersize=9, gid=f"title:{mark.text}", **face)
             letter = LIGHT["card" if mine else "k1"]
             axes.text(mark.work, mark.rate, mark.letter, ha="center", va="center_baseline", fontsize=7, color=letter)
-        for name, face, edge in ((ours, "k0", "k0"), (others, "card", "k1")):
-            face = {"markerfacecolor": LIGHT[face], "markeredgecolor": LIGHT[edge]}
+        for name, inside, edge in ((ours, "k0", "k0"), (others, "card", "k1")):
+            face = {"markerfacecolor": LIGHT[inside], "markeredgecolor": LIGHT[edge]}
             axes.plot([], [], "o", markersize=6, label=name, **face)
         for axis in (axes.xaxis, axes.yaxis):
             _grid(axis)

@@ -105,7 +105,8 @@ def _tiles(run: Run, lead: list[Row]) -> list[tuple[str, str, str]]:
         below = f"{peer.candidate}: {rate_text(peer, peer.ms)} img/s"
         tiles.append(("over the best compiled peer", times_text(peer, best), below))
     if first is not None and first.ms is not None and first is not best:
-        tiles.append(("over torch eager", times_text(first, best), f"{rate_text(first, first.ms)} img/s in {first.dtype}"))
+        below = f"{rate_text(first, first.ms)} img/s in {first.dtype}"
+        tiles.append(("over torch eager", times_text(first, best), below))
     used = mfu(best, run)
     if used is not None:
         floor = "" if best.floor_share is None else f"{share_text(best.floor_share)} of the floor"

@@ -17,7 +17,7 @@ from .rows import device_slug
 
 
 @functools.cache
-def _sizes(model: str) -> tuple[float | None, float | None]:
+def model_sizes(model: str) -> tuple[float | None, float | None]:
     """Millions of parameters, and of activations of one image as fvcore counts them for timm: the elements that
     linear layers, convolutions and attention's products put out. None for a model that this version does not know."""
     from vitfast import create_model
@@ -77,7 +77,7 @@ def _timm_csv(kind: str, rows: list[Row]) -> str:
     else:
         writer.writerow(["model", *(f"train_{n}" for n in (*speed, "img_size")), "param_count"])
     for row in sorted(rows, key=lambda row: -(row.images_per_s or 0.0)):
-        parameters, activations = _sizes(row.workload)
+        parameters, activations = model_sizes(row.workload)
         measured = [_rounded(row.images_per_s, 2), _rounded(row.ms, 3), str(row.shape["batch"])]
         size = str(row.shape.get("width", ""))
         if kind == "infer":

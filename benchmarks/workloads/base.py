@@ -120,7 +120,7 @@ def count_flops(module: nn.Module, *shape: int) -> float:
 
 
 @functools.cache
-def modelcount_flops(name: str) -> float:
+def model_flops(name: str) -> float:
     """FLOPs of one image through the model."""
     model = reference_model(name)
     return count_flops(model, 1, 3, *model.patch_embed.img_size)

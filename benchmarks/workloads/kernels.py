@@ -120,9 +120,7 @@ def kernel_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
             {"m": rows, "n": out_features, "k": in_features},
             2.0 * rows * out_features * in_features,
             rows * in_features + out_features * in_features + (2 if residual else 1) * rows * out_features,
-            functools.partial(
-                _linear_inputs, (batch, n), out_features, in_features, activation, residual
-            ),
+            functools.partial(_linear_inputs, (batch, n), out_features, in_features, activation, residual),
             lambda x, weight, bias, activation, residual: linear_ref(
                 x, weight, bias, activation, residual, None, False
             ),

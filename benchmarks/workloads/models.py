@@ -19,7 +19,7 @@ def model_workloads(model: str, batch: int, dtype: str) -> Iterator[Workload]:
     pixels = batch * 3 * size["height"] * size["width"]
     logits = batch * size["classes"]
     shape = {"batch": batch, **{k: size[k] for k in ("height", "width", "tokens", "dim", "depth")}}
-    flops = batch * modelcount_flops(model)
+    flops = batch * model_flops(model)
 
     def draw_pixels(device: torch.device, index: int) -> dict[str, Any]:
         return {"pixels": draws(device, DTYPES[dtype], index)(batch, 3, size["height"], size["width"])}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.kernels._cases import file_of
 from vitfast.benchmarks import tune
-from vitfast.benchmarks.workloads.base import MODELS
 from vitfast.benchmarks.tune import Launch, candidates, contest, refinements
+from vitfast.benchmarks.workloads.base import MODELS
 from vitfast.cli import main
 from vitfast.clock import timing as measure
 from vitfast.kernels import INTERPRET, _config
