@@ -46,11 +46,11 @@ def pages(root: Path) -> dict[Path, str]:
         for name, run in runs.items():
             source = f"benchmarks/results/{device}/{name}.json"
             parts += [f"## {name}", f"From [`{source}`](../../{source})."]
+            charts = {f"{device}/{name}-{figure}.svg": drawn for figure, drawn in figures(run).items()}
+            captions = {path: drawn.caption for path, drawn in charts.items()}
             # the run's own title would repeat the page's
-            body = markdown(run, figures_from=f"{device}/{name}-", level=2).split("\n", 2)[2].strip()
-            parts.append(body)
-            for figure, drawn in figures(run).items():
-                texts[folder / device / f"{name}-{figure}.svg"] = standalone(drawn.svg)
+            parts.append(markdown(run, pictures=captions, level=2).split("\n", 2)[2].strip())
+            texts |= {folder / path: standalone(drawn.svg) for path, drawn in charts.items()}
         texts[folder / f"{device}.md"] = "\n\n".join(parts) + "\n"
     if texts:
         lines = [

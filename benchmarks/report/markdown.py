@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vitfast.table import escape_markdown
 
 from ..runner.results import Run
-from .charts import figures
 from .rows import IMAGE_LAYERS, by_model, by_workload, contests
 from .tables import Table, failure_table, image_table, kernel_table, machine_facts, summary_table, target_table
 from .targets import SOURCE
@@ -24,12 +25,12 @@ METHOD = (
 """How to read the numbers; stands on every report."""
 
 
-def markdown(run: Run, *, figures_from: str | None = None, level: int = 1) -> str:
+def markdown(run: Run, *, pictures: Mapping[str, str] | None = None, level: int = 1) -> str:
     """A run as Markdown.
 
     Args:
         run: what was measured.
-        figures_from: start of the paths of `figures`' files, to show them; None for tables only.
+        pictures: paths of charts to show, with their captions.
         level: of the title's heading.
     """
     h = "#" * level
@@ -37,10 +38,9 @@ def markdown(run: Run, *, figures_from: str | None = None, level: int = 1) -> st
     targets = target_table(run)
     if targets is not None:
         parts += [f"{h}# Targets", targets.markdown(), f"Source: {SOURCE}"]
-    if figures_from is not None:
-        for name, figure in figures(run).items():
-            caption = escape_markdown(figure.caption)
-            parts.append(f"![{caption}]({figures_from}{name}.svg)\n\n{caption}")
+    for path, text in (pictures or {}).items():
+        caption = escape_markdown(text)
+        parts.append(f"![{caption}]({path})\n\n{caption}")
     for layer, name in IMAGE_LAYERS.items():
         groups = contests(run, [layer])
         if not groups:

@@ -157,7 +157,7 @@ def test_markdown_tables_have_equal_lines_and_every_row_is_there(run: Run) -> No
 
 
 def test_everything_is_written_and_nothing_else(tmp_path: Path) -> None:
-    written = page.write(RUNS["CPU"](), tmp_path / "new" / "folder")
+    written = page.write(RUNS["training only"](), tmp_path / "new" / "folder")
     assert written[0].name == "index.html"
     assert sorted(written) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
 
@@ -400,7 +400,11 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_pages_are_written_checked_and_removed_with_their_results(repository: Path) -> None:
+def test_pages_are_written_checked_and_removed_with_their_results(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svg = "<svg viewBox='0 0 1 1'>".replace("'", '"') + "<text>a chart</text></svg>"
+    monkeypatch.setattr(docs_pages, "figures", lambda run: {"chart": charts.Figure(svg, "A chart.")})
     folder = repository / "docs" / "results"
     assert docs_pages.main(["--root", str(repository), "--check"]) == 1
     assert docs_pages.main(["--root", str(repository)]) == 0
