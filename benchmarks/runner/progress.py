@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+# no time left: a candidate compiles for a second or for minutes, and nothing tells beforehand which
+FORM = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}] {desc}"
 
 
 class Progress:
@@ -13,21 +16,23 @@ class Progress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # no time left: a candidate compiles for a second or for minutes, and nothing tells beforehand which
-        form = "{l_bar}{bar:20}| {n_fmt}/{total_fmt} [{elapsed}] {desc}"
-        self._bar = tqdm(file=stream, disable=not stream.isatty(), leave=False, bar_format=form, dynamic_ncols=True)
-        self._begun = self._total = 0
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def start(self, total: int) -> None:
         """Begin to count `total` rows."""
+        hidden = not self._stream.isatty()
+        self._bar = tqdm(
+            total=total, file=self._stream, disable=hidden, leave=False, bar_format=FORM, dynamic_ncols=True
+        )
+        # a disabled bar does not count
         self._begun, self._total = 0, total
-        self._bar.reset(total)
 
     def step(self, text: str, rows: int = 0) -> None:
         """Show what begins now; `rows` more are begun."""
@@ -36,7 +41,7 @@ class Progress:
             self.say(f"{self._begun}/{self._total}  {text}")
             return
         self._bar.set_description_str(text, refresh=False)
-        self._bar.update(rows)
+        self._bar.n = self._begun
         self._bar.refresh()
 
     def say(self, line: str) -> None:

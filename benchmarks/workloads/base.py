@@ -116,7 +116,7 @@ def count_flops(module: nn.Module, *shape: int) -> float:
     tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         functional_call(module, tensors, (torch.empty(shape, device="meta"),))
-    return float(counter.get_totalcount_flops())
+    return float(counter.get_total_flops())
 
 
 @functools.cache
