@@ -76,8 +76,8 @@ bench: $(STAMP)  ## time vitfast against every peer here (ARGS="--quick")
 	$(BIN)/vitfast bench $(ARGS)
 
 .PHONY: gpu
-gpu: $(STAMP)  ## the suite in stages, for a short stay on a GPU machine (ARGS="--minutes 25")
-	benchmarks/gpu.sh --python $(BIN)/python $(ARGS)
+gpu: $(STAMP)  ## tests, parity, bench, tune and profile for a short stay on a GPU machine (ARGS="--minutes 25")
+	benchmarks/gpu_day.sh --python $(BIN)/python $(ARGS)
 
 .PHONY: clean
 clean:  ## remove .venv, builds and caches

@@ -1,5 +1,5 @@
-"""vitfast's benchmark suite: `vitfast bench`, `vitfast tune`, `pytest benchmarks/` and `benchmarks/gpu.sh`.
+"""vitfast's benchmark suite: `vitfast bench`, `vitfast tune`, `pytest benchmarks/` and `benchmarks/gpu_day.sh`.
 
-`registry` says what is measured, `peers` holds one file per implementation that is measured, `measure` is the clock,
-`run` puts the three together and `results` keeps what came out; `report` and `compare` only read results.
+`workloads` says what is measured, `peers` holds one file per implementation that is measured, `vitfast.clock` is the
+clock, `runner` puts the three together and keeps what came out; `report` only reads results.
 """

@@ -98,7 +98,12 @@ def _bench(options: argparse.Namespace) -> int:
 
     from vitfast.proof.subjects import pick_device
 
-    from . import registry, report, run
+    from .report import page
+    from .report.markdown import markdown
+    from .runner.progress import Progress
+    from .runner.run import run
+    from .workloads.base import BATCHES, MODELS
+    from .workloads.table import workloads
 
     device = pick_device(options.device)
     cuda = device.type == "cuda"
@@ -106,12 +111,12 @@ def _bench(options: argparse.Namespace) -> int:
         models: tuple[str, ...] = ("vit_tiny_patch16_224",)
         batches: tuple[int, ...] = (1,)
     else:
-        models = tuple(registry.MODELS) if cuda else ("vit_tiny_patch16_224", "vit_base_patch16_224")
-        batches = registry.BATCHES if cuda else (1,)
+        models = tuple(MODELS) if cuda else ("vit_tiny_patch16_224", "vit_base_patch16_224")
+        batches = BATCHES if cuda else (1,)
     layers = list(options.layers or ["model"])
     if (options.kernels or options.quick) and "kernel" not in layers:
         layers.append("kernel")
-    todo = registry.workloads(
+    todo = workloads(
         tuple(layers),
         tuple(options.model or models),
         tuple(options.batch or batches),
@@ -120,19 +125,18 @@ def _bench(options: argparse.Namespace) -> int:
     # what is asked for most comes first, so that a budget cuts the rest
     todo.sort(key=lambda workload: layers.index(workload.layer))
     out = Path(options.out)
-    with run.Bar(sys.stderr) as bar:
-        result = run.run(
+    with Progress(sys.stderr) as progress:
+        result = run(
             todo,
             out / "results.json",
             device,
             peer_names=None if options.peers is None else tuple(options.peers),
             budget_s=options.budget or (20.0 if options.quick else None),
             quick=options.quick,
-            say=bar.say,
-            progress=bar.step,
+            progress=progress,
         )
-    written = report.write(result, out)
-    print(report.markdown(result))
+    written = page.write(result, out)
+    print(markdown(result))
     for path in written:
         say(f"wrote {path}")
     return 1 if any(row.status == "failed parity" and row.candidate.startswith("vitfast") for row in result.rows) else 0
@@ -141,8 +145,8 @@ def _bench(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from .compare import compare
-    from .results import load
+    from .report.compare import compare
+    from .runner.results import load
 
     found = compare(load(Path(options.a)), load(Path(options.b)))
     print(found)

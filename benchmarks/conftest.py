@@ -20,12 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from vitfast.benchmarks import measure, registry
-from vitfast.benchmarks.measure import Ceilings
 from vitfast.benchmarks.peers import Peer
-from vitfast.benchmarks.registry import DTYPES, Workload, workloads
-from vitfast.benchmarks.run import Parity, build, rotation, select_peers, tf32
-from vitfast.benchmarks.targets import is_ours
+from vitfast.benchmarks.report.targets import is_ours
+from vitfast.benchmarks.runner.check import Parity, rotation, tf32
+from vitfast.benchmarks.runner.run import build, select_peers
+from vitfast.benchmarks.workloads import base
+from vitfast.benchmarks.workloads.base import DTYPES, Workload
+from vitfast.benchmarks.workloads.table import workloads
+from vitfast.clock import machine, timing
+from vitfast.clock.ceilings import Ceilings, measure_ceilings
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -54,9 +57,9 @@ def _models(config: pytest.Config) -> Iterator[bool]:
     if CUDA or config.getoption("--vitfast-model"):
         yield False
         return
-    caches = (registry.reference_model.cache_clear, registry.model_flops.cache_clear)
+    caches = (base.reference_model.cache_clear, base.model_flops.cache_clear)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.MODELS, TOY, TOY_OPTIONS)
+        patch.setitem(base.MODELS, TOY, TOY_OPTIONS)
         for forget in caches:
             forget()
         yield True
@@ -95,7 +98,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _clock() -> float:
     """The wall clock behind the device: what was launched before counts, whoever reads it."""
-    measure.synchronize(DEVICE)
+    timing.synchronize(DEVICE)
     return time.perf_counter()
 
 
@@ -109,14 +112,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     """What decides speed: GPU, driver, CUDA, torch, triton. The commit has a place of its own: it may differ."""
-    found = measure.environment(DEVICE)
+    found = machine.environment(DEVICE)
     machine_info["vitfast"] = {name: value for name, value in found.items() if name != "commit"}
 
 
 @pytest.fixture(scope="session")
 def ceilings() -> Ceilings:
     """This machine's, measured once in the run."""
-    return measure.measure_ceilings(DEVICE, DTYPES if CUDA else {"fp32": torch.float32}, quick=True)
+    return measure_ceilings(DEVICE, DTYPES if CUDA else {"fp32": torch.float32}, quick=True)
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +174,7 @@ def bench(benchmark: Any, ceilings: Ceilings, prepared: Prepare) -> Callable[[Wo
         # under --benchmark-disable nothing is timed
         if benchmark.stats is not None:
             row = replace(row, ms=1e3 * benchmark.stats.stats.median)
-        row = replace(row, telemetry=measure.telemetry(DEVICE))
+        row = replace(row, telemetry=machine.telemetry(DEVICE))
         told = ("status", "note", "ms", "ms_p20", "ms_p80", "samples", "calls")
         benchmark.extra_info.update({name: value for name, value in asdict(row).items() if name not in told})
         benchmark.extra_info["floor_share"] = row.floor_share

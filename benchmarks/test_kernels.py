@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from vitfast.benchmarks.peers import Peer
-from vitfast.benchmarks.registry import Workload
+from vitfast.benchmarks.workloads.base import Workload
 
 pytest.importorskip("pytest_benchmark", reason='pytest benchmarks/ needs pytest-benchmark: pip install "vitfast[dev]"')
 

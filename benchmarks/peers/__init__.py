@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Workload
+from ..workloads.base import Workload
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..registry import Workload
+from ..workloads.base import Workload
 from . import Peer, unusable
 
 _OPS = frozenset({"attention"})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitfast.kernels.activation import activate_ref
 
-from ..registry import Workload
+from ..workloads.base import Workload
 from . import Peer, unusable
 
 _OPS = frozenset({"linear"})

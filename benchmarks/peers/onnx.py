@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Workload
+from ..workloads.base import Workload
 from . import Peer, unusable
 from .plain import plain_module
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vitfast import preprocess
 
-from ..registry import Workload, photo_spec
+from ..workloads.base import Workload
+from ..workloads.photos import photo_spec
 from . import Peer, train_step
 
 MODULES = frozenset({"block", "model", "library", "train", "end_to_end"})

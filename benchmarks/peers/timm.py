@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..registry import MODELS, Workload, reference_model
+from ..workloads.base import MODELS, Workload, reference_model
 from . import unusable
 from .plain import eager_and_compiled
 

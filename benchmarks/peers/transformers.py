@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..registry import Workload, dimensions, reference_model
+from ..workloads.base import Workload, dimensions, reference_model
 from . import unusable
 from .plain import eager_and_compiled
 

@@ -12,7 +12,8 @@ import vitfast
 from vitfast import kernels
 from vitfast.layers import KINDS
 
-from ..registry import MEAN, STD, Normalized, Workload
+from ..workloads.base import Workload
+from ..workloads.photos import MEAN, STD, Normalized
 from . import Peer
 from .plain import GRAPHED, KERNELS, MODULES, module_function, never_missing, plain_module
 

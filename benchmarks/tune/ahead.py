@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vitfast.clock import timing as measure
 from vitfast.kernels._config import Key
 
-from .. import measure
-from ..registry import MODELS
+from ..workloads.base import MODELS
 from .candidates import Entry
 from .result import short
 from .subject import Job, Subject

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vitfast.clock import timing as measure
 from vitfast.kernels import INTERPRET, _config
 from vitfast.kernels._config import Key
 from vitfast.proof.parity import fp32_products
 
-from .. import measure
-from ..registry import DTYPES
+from ..workloads.base import DTYPES
 from .ahead import Reached, compile_ahead
 from .candidates import Entry, candidates, refinements
 from .files import add_to_report

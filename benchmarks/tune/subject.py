@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import vitfast
+from vitfast.clock import timing as measure
 from vitfast.kernels import _config
 from vitfast.kernels._config import Key
 from vitfast.layers import KINDS
 from vitfast.proof.subjects import seed_weights
 from vitfast.rule import compare
 
-from .. import measure
-from ..registry import DTYPES, MODELS
+from ..workloads.base import DTYPES, MODELS
 from .candidates import Entry
 
 OPS = ("linear", "attention", "layer_norm", "add_layer_norm", "row_stats", "patch_embed")

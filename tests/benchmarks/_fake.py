@@ -8,8 +8,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from vitfast.benchmarks.measure import Ceilings, summarize
-from vitfast.benchmarks.results import Row, Run
+from vitfast.benchmarks.runner.results import Row, Run
+from vitfast.clock.ceilings import Ceilings
+from vitfast.clock.timing import summarize
 
 FAKE_GPU = "FAKE H100 (not a device)"
 FAKE_CPU = "FAKE CPU <script>alert('&')</script>, 2 threads"
@@ -56,7 +57,7 @@ KERNEL_CANDIDATES = {
 
 
 def environment(device: str = FAKE_GPU, kind: str = "cuda", **changes: Any) -> dict[str, Any]:
-    """What `measure.environment` returns, of no machine."""
+    """What `machine.environment` returns, of no machine."""
     cuda = kind == "cuda"
     return {
         "device": device,

@@ -12,8 +12,9 @@ import pytest
 
 from tests.benchmarks._fake import environment, fake_run, timed
 from vitfast.benchmarks.compare import FLOOR, compare
-from vitfast.benchmarks.measure import Ceilings, summarize
-from vitfast.benchmarks.results import Row, Run
+from vitfast.benchmarks.runner.results import Row, Run
+from vitfast.clock.ceilings import Ceilings
+from vitfast.clock.timing import summarize
 
 Draw = Callable[[random.Random], float]
 

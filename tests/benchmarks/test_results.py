@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks._fake import fake_run
-from vitfast.benchmarks.results import SCHEMA, Row, Run, load
+from vitfast.benchmarks.runner.results import SCHEMA, Row, Run, load
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,40 +18,48 @@ from PIL import Image
 from torch import Tensor
 
 import vitfast
-from vitfast.benchmarks import measure, registry, report, run
 from vitfast.benchmarks.peers import Peer, peers, plain
-from vitfast.benchmarks.registry import Workload
-from vitfast.benchmarks.results import Run, load
+from vitfast.benchmarks.report.markdown import markdown
+from vitfast.benchmarks.runner import run as runner
+from vitfast.benchmarks.runner.progress import Progress
+from vitfast.benchmarks.runner.results import Run, load
+from vitfast.benchmarks.runner.run import run, select_peers
+from vitfast.benchmarks.workloads import base, libraries, photos
+from vitfast.benchmarks.workloads.base import Workload
+from vitfast.benchmarks.workloads.kernels import KERNELS
+from vitfast.benchmarks.workloads.table import workloads
+from vitfast.clock import ceilings, machine, timing
 
 CPU = torch.device("cpu")
 MODEL = "vit_tiny_patch16_224"
-TIME_INTERLEAVED = measure.time_interleaved
+TIME_INTERLEAVED = timing.time_interleaved
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The suite's smallest model at two blocks and 32 pixels; environments that do not ask git or the GPU."""
-    monkeypatch.setitem(registry.MODELS, MODEL, {"depth": 2, "img_size": 32, "num_classes": 7})
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": "fake processor", "versions": {}})
+    monkeypatch.setitem(base.MODELS, MODEL, {"depth": 2, "img_size": 32, "num_classes": 7})
+    monkeypatch.setattr(machine, "environment", lambda device: {"device": "fake processor", "versions": {}})
     # times do not matter here, only that they are taken
-    timed = measure.time_interleaved
-    monkeypatch.setattr(measure, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
-    monkeypatch.setattr(measure, "CEILING_S", 0.01)
-    registry.reference_model.cache_clear()
-    registry.model_flops.cache_clear()
+    timed = timing.time_interleaved
+    monkeypatch.setattr(timing, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
+    monkeypatch.setattr(ceilings, "CEILING_S", 0.01)
+    base.reference_model.cache_clear()
+    base.model_flops.cache_clear()
     yield
-    registry.reference_model.cache_clear()
-    registry.model_flops.cache_clear()
+    base.reference_model.cache_clear()
+    base.model_flops.cache_clear()
 
 
 def _todo(*layers: str) -> list[Workload]:
-    return registry.workloads(layers, (MODEL,), (2,), ("fp32",))
+    return workloads(layers, (MODEL,), (2,), ("fp32",))
 
 
 def _run(path: Path, *names: str, layers: tuple[str, ...] = ("model",)) -> tuple[Run, list[str]]:
-    said: list[str] = []
-    result = run.run(_todo(*layers), path, CPU, peer_names=names or None, budget_s=600.0, quick=True, say=said.append)
-    return result, said
+    log = io.StringIO()
+    options: dict[str, Any] = {"peer_names": names or None, "budget_s": 600.0, "quick": True}
+    result = run(_todo(*layers), path, CPU, progress=Progress(log), **options)
+    return result, log.getvalue().splitlines()
 
 
 def _peer(name: str, build: Any, missing: str | None = None) -> Peer:
@@ -73,9 +82,9 @@ def test_rows_of_a_model_and_a_training_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_blocks_and_files_of_every_candidate_that_runs_here(dtype: str, tmp_path: Path) -> None:
-    todo = registry.workloads(("block", "end_to_end"), (MODEL,), (6,), (dtype,))
+    todo = workloads(("block", "end_to_end"), (MODEL,), (6,), (dtype,))
     options: dict[str, Any] = {"peer_names": ("torch eager", "vitfast +"), "budget_s": 600.0, "quick": True}
-    result = run.run(todo, tmp_path / "r.json", CPU, say=lambda line: None, **options)
+    result = run(todo, tmp_path / "r.json", CPU, **options)
     found: dict[str, dict[str, str]] = {"block": {}, "end_to_end": {}}
     for row in result.rows:
         found[row.layer][row.candidate] = row.status
@@ -97,7 +106,7 @@ def test_wrong_pixels_are_refused(wrong: str, tmp_path: Path, monkeypatch: pytes
 
     def preprocess(file: str, spec: Any) -> Tensor:
         if wrong == "the order":
-            file = registry._photos()[1][0]
+            file = photos.photo_files()[1][0]
         pixels = right(file, spec)
         return {"the order": pixels, "a crop": pixels.roll(1, -1), "a value": pixels ^ 1}[wrong]
 
@@ -107,10 +116,10 @@ def test_wrong_pixels_are_refused(wrong: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_photographs_are_jpeg_files_of_several_sizes() -> None:
-    opened = [Image.open(path) for path in registry._photos()[1]]
+    opened = [Image.open(path) for path in photos.photo_files()[1]]
     assert {image.format for image in opened} == {"JPEG"}
-    assert {image.size for image in opened} == set(registry.PHOTO_SIZES)
-    (workload,) = registry.workloads(("end_to_end",), (MODEL,), (3,), ("fp32",))
+    assert {image.size for image in opened} == set(photos.PHOTO_SIZES)
+    (workload,) = workloads(("end_to_end",), (MODEL,), (3,), ("fp32",))
     first, second = (workload.inputs(CPU, i)["files"] for i in (0, 1))
     assert len({*first, *second}) == 6, "no call decodes what the one before did"
 
@@ -119,9 +128,9 @@ def test_a_training_step_has_an_optimiser_that_leaves_the_weights(monkeypatch: p
     made: list[torch.optim.AdamW] = []
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adamw(*a, **k)) or made[-1])
-    (workload,) = registry.workloads(("train",), (MODEL,), (2,), ("fp32",))
+    (workload,) = workloads(("train",), (MODEL,), (2,), ("fp32",))
     for name in ("torch eager", "vitfast +block"):
-        (peer,) = run.select_peers((name,))
+        (peer,) = select_peers((name,))
         step = peer.build(workload, CPU)
         (optimizer,) = made
         made.clear()
@@ -148,24 +157,24 @@ def test_other_libraries_models_plain_and_accelerated(tmp_path: Path, monkeypatc
     config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     transformers.ViTConfig(**config, image_size=32, patch_size=8).save_pretrained(tmp_path / "vit")
     name = f"transformers:{tmp_path / 'vit'}"
-    todo = registry.workloads(("kernel", "block", "model"), (name,), (2,), ("fp32",))
+    todo = workloads(("kernel", "block", "model"), (name,), (2,), ("fp32",))
     assert [str(workload) for workload in todo] == [f"{name} b2 fp32"]
-    result = run.run(todo, tmp_path / "r.json", CPU, peer_names=None, budget_s=600.0, quick=True, say=print)
+    result = run(todo, tmp_path / "r.json", CPU, peer_names=None, budget_s=600.0, quick=True)
     ours = {"vitfast +tail", "vitfast +compile"}
     assert {row.candidate for row in result.rows if row.status == "ok"} == {"torch eager", "torch compiled"} | ours
     assert result == load(tmp_path / "r.json")
-    assert "## Inference" in report.markdown(result)
+    assert "## Inference" in markdown(result)
     # the suite's own are there or said to be missing
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    missing = registry.missing_libraries(registry.LIBRARY_MODELS)
+    missing = libraries.missing_libraries(libraries.LIBRARY_MODELS)
     assert missing["open_clip:ViT-B-16"] == 'this needs open_clip; pip install "vitfast[open-clip]"'
 
 
 def test_attention_of_other_libraries_models(tmp_path: Path) -> None:
-    todo = registry.workloads(("kernel",), (registry.BEIT, registry.SWIN), (1,), ("fp32",))
+    todo = workloads(("kernel",), (libraries.BEIT, libraries.SWIN), (1,), ("fp32",))
     assert [workload.op for workload in todo] == ["relative_attention"] + ["window_attention"] * 4
     names = ("torch eager", "vitfast")
-    result = run.run(todo, tmp_path / "r.json", CPU, peer_names=names, budget_s=600.0, quick=True, say=print)
+    result = run(todo, tmp_path / "r.json", CPU, peer_names=names, budget_s=600.0, quick=True)
     ok = {(row.workload, row.candidate) for row in result.rows if row.status == "ok"}
     assert ok == {(workload.name, name) for workload in todo for name in names}
 
@@ -173,7 +182,7 @@ def test_attention_of_other_libraries_models(tmp_path: Path) -> None:
 def test_every_kernel_is_offered_by_torch_and_by_us(tmp_path: Path) -> None:
     result, _ = _run(tmp_path / "r.json", "torch eager", "vitfast", layers=("kernel",))
     ok = {(row.workload.split("/")[0], row.candidate) for row in result.rows if row.status == "ok"}
-    assert ok == {(name, candidate) for name in registry.KERNELS for candidate in ("torch eager", "vitfast")}
+    assert ok == {(name, candidate) for name in KERNELS for candidate in ("torch eager", "vitfast")}
 
 
 def test_a_wrong_kernel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +206,7 @@ def test_a_wrong_kernel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_is_refused_and_can_be_saved(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = _peer("broken", lambda w, d: lambda inputs: w.reference(inputs["pixels"]).detach() * value)
-    monkeypatch.setattr(run, "peers", lambda: (*peers(), broken))
+    monkeypatch.setattr(runner, "peers", lambda: (*peers(), broken))
     result, _ = _run(tmp_path / "r.json", "broken")
     assert [row.status for row in result.rows] == ["failed parity"]
     assert load(tmp_path / "r.json").rows == result.rows
@@ -211,7 +220,7 @@ def test_missing_and_failing_peers_are_rows(tmp_path: Path, monkeypatch: pytest.
         raise torch.OutOfMemoryError("tried to allocate 3 TiB")
 
     added = (_peer("absent", fail, "is not installed"), _peer("failing", fail), _peer("large", too_large))
-    monkeypatch.setattr(run, "peers", lambda: (*peers(), *added))
+    monkeypatch.setattr(runner, "peers", lambda: (*peers(), *added))
     result, _ = _run(tmp_path / "r.json", "torch eager", "absent", "failing", "large")
     assert {row.candidate: (row.status, row.note) for row in result.rows} == {
         "torch eager": ("ok", ""),
@@ -223,7 +232,7 @@ def test_missing_and_failing_peers_are_rows(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.json"
-    whole = run.run_workload
+    whole = runner.run_workload
 
     def killed(workload: Workload, *args: Any, **kwargs: Any) -> Any:
         if workload.op == "add_layer_norm":
@@ -231,14 +240,14 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return whole(workload, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "run_workload", killed)
+        patch.setattr(runner, "run_workload", killed)
         with pytest.raises(KeyboardInterrupt):
             _run(path, "torch eager", layers=("kernel",))
     finished = load(path).rows
     assert [row.workload.split("/")[0] for row in finished] == ["patch_embed", "layer_norm"]
     result, _ = _run(path, "torch eager", layers=("kernel",))
     assert result.rows[:2] == finished
-    assert len(result.rows) == len(registry.KERNELS)
+    assert len(result.rows) == len(KERNELS)
     again, said = _run(path, "torch eager", layers=("kernel",))
     assert (again.rows, said) == (result.rows, [])
 
@@ -246,8 +255,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_second_precision_gets_its_ceiling(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     first, _ = _run(path, "torch eager")
-    todo = registry.workloads(("model",), (MODEL,), (2,), ("bf16",))
-    second = run.run(todo, path, CPU, peer_names=("torch eager",), budget_s=600.0, quick=True, say=print)
+    todo = workloads(("model",), (MODEL,), (2,), ("bf16",))
+    second = run(todo, path, CPU, peer_names=("torch eager",), budget_s=600.0, quick=True)
     assert set(second.ceilings.gemm_tflop_s) == {"fp32", "bf16"}
     assert second.ceilings.gemm_tflop_s["fp32"] == first.ceilings.gemm_tflop_s["fp32"]
     assert [row.status for row in second.rows] == ["ok", "ok"]
@@ -256,7 +265,7 @@ def test_a_second_precision_gets_its_ceiling(tmp_path: Path) -> None:
 def test_another_run_s_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.json"
     _run(path, "torch eager")
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": "another", "versions": {}})
+    monkeypatch.setattr(machine, "environment", lambda device: {"device": "another", "versions": {}})
     with pytest.raises(ValueError, match="holds another run"):
         _run(path, "torch eager")
 
@@ -279,18 +288,18 @@ def test_a_file_that_is_none_is_named(text: str, message: str, tmp_path: Path) -
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="peer 'nobody'; expected the start of one of: "):
-        run.select_peers(("nobody",))
+        select_peers(("nobody",))
     with pytest.raises(ValueError, match="precision 'bf8'; expected one of fp32, tf32, bf16, fp16"):
-        registry.workloads(("model",), (MODEL,), (1,), ("bf8",))
+        workloads(("model",), (MODEL,), (1,), ("bf8",))
     with pytest.raises(ValueError, match="unknown model 'vit_nano'"):
-        registry.workloads(("model",), ("vit_nano",), (1,), ("fp32",))
+        workloads(("model",), ("vit_nano",), (1,), ("fp32",))
 
 
 def test_candidates_take_turns_and_inputs_rotate() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
     order: list[str] = []
 
-    def candidate(name: str) -> measure.Candidate:
+    def candidate(name: str) -> timing.Candidate:
         def call(index: int) -> None:
             seen[name].append(index)
             order.append(name)
@@ -314,14 +323,14 @@ def test_candidates_take_turns_and_inputs_rotate() -> None:
 
 def test_a_ceiling_is_the_fastest_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([9.0, 8.0, 3.0, 2.0, 7.0])
-    monkeypatch.setattr(measure, "sample_ms", lambda *args: next(times, 4.0))
-    monkeypatch.setattr(measure, "CEILING_S", 0.05)
-    assert measure._fastest_ms(lambda i: None, CPU) == 2.0
+    monkeypatch.setattr(ceilings, "sample_ms", lambda *args: next(times, 4.0))
+    monkeypatch.setattr(ceilings, "CEILING_S", 0.05)
+    assert ceilings._fastest_ms(lambda i: None, CPU) == 2.0
 
 
 def test_every_gemm_of_the_ceiling_is_the_product() -> None:
     a, b = torch.randn(2, 24, 24).unbind(0)
-    gemms = measure._gemms(a, b)
+    gemms = ceilings._gemms(a, b)
     assert len(gemms) == 1 + torch.backends.mkldnn.is_available()
     for gemm in gemms:
         torch.testing.assert_close(gemm(0), a @ b)
@@ -332,53 +341,45 @@ class _Screen(io.StringIO):
         return True
 
 
-def _step(share: float, left: float | None) -> run.Step:
-    return run.Step(_todo("model")[0], "torch eager", 2, 4, share, 75.4, left)
-
-
-def test_progress_on_a_terminal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
+def test_progress_on_a_terminal_is_a_bar_without_a_guess_of_the_end() -> None:
     screen = _Screen()
-    with run.Bar(screen) as bar:
-        bar.step(_step(0.25, None))
-        bar.step(_step(0.5, 75.4))
-        bar.say("a line that stays")
-        bar.step(_step(0.75, 25.0))
-    drawn = [line.removesuffix("\x1b[K") for line in screen.getvalue().replace("\n", "\n\r").split("\r")]
-    assert drawn[1].startswith("[#####...............] 2/4  1:15  vit_tiny")
-    assert drawn[2].startswith("[##########..........] 2/4  1:15, 1:15 left  vit")
-    assert max(len(line) for line in drawn) < 60
-    assert "\x1b[Ka line that stays\n" in screen.getvalue()
-    assert screen.getvalue().count("\n") == 1 and screen.getvalue().endswith("\r\x1b[K")
+    with Progress(screen) as progress:
+        progress.start(4)
+        progress.step("a workload: torch eager", rows=1)
+        progress.say("a line that stays")
+        progress.step("a workload: vitfast", rows=3)
+    drawn = screen.getvalue()
+    assert "a line that stays\n" in drawn and drawn.count("\n") == 1
+    assert " 25%|" in drawn and "4/4 [00:0" in drawn and drawn.count("a workload: vitfast") == 1
+    assert "<" not in drawn and "?" not in drawn
 
 
 def test_progress_elsewhere_is_plain_lines() -> None:
     log = io.StringIO()
-    with run.Bar(log) as bar:
-        bar.step(_step(0.5, 75.4))
-        bar.say("a line that stays")
-    assert log.getvalue() == f"2/4  1:15, 1:15 left  {MODEL} b2 fp32: torch eager\na line that stays\n"
+    with Progress(log) as progress:
+        progress.start(4)
+        progress.step("a workload: torch eager", rows=1)
+        progress.say("a line that stays")
+    assert log.getvalue() == "1/4  a workload: torch eager\na line that stays\n"
 
 
-def test_steps_tell_how_far_a_run_is(tmp_path: Path) -> None:
-    steps: list[run.Step] = []
-    options: dict[str, Any] = {"peer_names": ("torch eager", "addmm"), "budget_s": 600.0, "quick": True}
-    run.run(_todo("kernel"), tmp_path / "r.json", CPU, say=lambda line: None, progress=steps.append, **options)
-    assert {(step.position, step.total) for step in steps} == {(i + 1, 8) for i in range(8)}
-    assert steps[0].share == 0.0 and steps[0].left_s is None
-    shares = [step.share for step in steps]
-    assert shares == sorted(set(shares)) and 7 / 8 < shares[-1] < 1.0
-    assert all(s.left_s == pytest.approx(s.elapsed_s * (1 / s.share - 1)) for s in steps[1:])
+def test_every_row_of_a_run_is_counted(tmp_path: Path) -> None:
+    _, said = _run(tmp_path / "r.json", "torch eager", "addmm", layers=("kernel",))
+    counted = [re.match(r"(\d+)/(\d+)  ", line) for line in said[1:]]
+    assert all(counted)
+    numbers = [(int(found[1]), int(found[2])) for found in counted if found]
+    assert {total for _, total in numbers} == {12}
+    assert [n for n, _ in numbers] == sorted(n for n, _ in numbers) and numbers[-1][0] == 12
 
 
 def test_percentiles() -> None:
-    timing = measure.summarize([float(i) for i in range(1, 12)], calls=3)
-    assert dataclasses.astuple(timing) == (6.0, 3.0, 9.0, 11, 3)
-    assert measure.summarize([4.0], calls=1).p80 == 4.0
+    found = timing.summarize([float(i) for i in range(1, 12)], calls=3)
+    assert dataclasses.astuple(found) == (6.0, 3.0, 9.0, 11, 3)
+    assert timing.summarize([4.0], calls=1).p80 == 4.0
 
 
 def test_flops_of_vit_b() -> None:
     # 2 * (12 * (12 * N * D^2 + 2 * N^2 * D) + 196 * 768 * D + 1000 * D), N = 197, D = 768; without biases and norms
     n, d = 197, 768
     expected = 2 * (12 * (12 * n * d * d + 2 * n * n * d) + 196 * 768 * d + 1000 * d)
-    assert registry.model_flops("vit_base_patch16_224") == pytest.approx(expected, rel=1e-3)
+    assert base.model_flops("vit_base_patch16_224") == pytest.approx(expected, rel=1e-3)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tests.kernels._cases import file_of
-from vitfast.benchmarks import measure
-from vitfast.benchmarks.registry import MODELS
 from vitfast.benchmarks.tune import files, search, tune, unpack
 from vitfast.benchmarks.tune.__main__ import main as unpack_main
 from vitfast.benchmarks.tune.candidates import candidates, refinements
 from vitfast.benchmarks.tune.result import Tuned
 from vitfast.benchmarks.tune.search import contest
+from vitfast.benchmarks.workloads.base import MODELS
 from vitfast.cli.main import main
+from vitfast.clock import timing as measure
 from vitfast.kernels import INTERPRET, _config
 from vitfast.kernels._config import Key
 

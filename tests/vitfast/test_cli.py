@@ -19,10 +19,10 @@ from PIL import Image
 import vitfast
 from vitfast import kernels
 from vitfast.attention_maps import draw
-from vitfast.benchmarks import measure
-from vitfast.benchmarks.results import Row, Run, load
+from vitfast.benchmarks.runner.results import Row, Run, load
 from vitfast.cli import arguments, models
 from vitfast.cli.main import main
+from vitfast.clock import ceilings, timing
 from vitfast.demo import load_image, look, sample_image
 from vitfast.doctor import Diagnosis
 from vitfast.proof.parity import parity
@@ -233,9 +233,9 @@ def _bench(capsys, out: Path, *argv: str) -> tuple[int, str, str]:
 @pytest.fixture
 def hasty(monkeypatch) -> None:
     """Times do not matter here, only that they are taken."""
-    timed = measure.time_interleaved
-    monkeypatch.setattr(measure, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
-    monkeypatch.setattr(measure, "CEILING_S", 0.01)
+    timed = timing.time_interleaved
+    monkeypatch.setattr(timing, "time_interleaved", lambda *a, **k: timed(*a, **{**k, "budget_s": 0.01}))
+    monkeypatch.setattr(ceilings, "CEILING_S", 0.01)
 
 
 def test_bench_measures_the_layers_that_are_asked_for(capsys, tmp_path, hasty) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import vitfast
 from tests.vitfast._models import BUILDERS, assert_same, fused_names, images, reference
-from vitfast.benchmarks import measure
+from vitfast.clock import timing
 from vitfast.layers import KINDS
 from vitfast.swap.choices_file import Figure
 
@@ -39,10 +39,10 @@ def clock(monkeypatch):
             run(0)
         asked.append(list(candidates))
         found = {name: table.get(name, 10.0) for name in candidates}
-        return {name: measure.Timing(ms, 0.99 * ms, 1.01 * ms, 5, 1) for name, ms in found.items()}
+        return {name: timing.Timing(ms, 0.99 * ms, 1.01 * ms, 5, 1) for name, ms in found.items()}
 
-    monkeypatch.setattr(measure, "time_interleaved", time_interleaved)
-    monkeypatch.setattr(measure, "sample_ms", lambda *args: 1.0)
+    monkeypatch.setattr(timing, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(timing, "sample_ms", lambda *args: 1.0)
     table["asked"] = asked  # type: ignore[assignment]
     return table
 
@@ -108,7 +108,7 @@ def test_precision(clock):
 
 
 def test_a_slow_model_is_compared_as_a_whole_alone(clock, monkeypatch):
-    monkeypatch.setattr(measure, "sample_ms", lambda *args: 500.0)
+    monkeypatch.setattr(timing, "sample_ms", lambda *args: 500.0)
     vitfast.accelerate(reference(), example=images(*X))
     assert clock["asked"] == [["ours", "plain"]]
 
@@ -171,7 +171,7 @@ def test_the_model_is_as_it_was_while_it_is_measured(build, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("no clock")
 
-    monkeypatch.setattr(measure, "time_interleaved", fails)
+    monkeypatch.setattr(timing, "time_interleaved", fails)
     with pytest.raises(RuntimeError, match="no clock"):
         vitfast.accelerate(model, example=images(*X), precision="bf16")
     assert [type(m) for m in model.modules()] == classes

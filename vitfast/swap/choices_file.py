@@ -56,7 +56,7 @@ class Choice:
 
 
 def choices_path(device: torch.device) -> Path:
-    from ..benchmarks.measure import cpu_name
+    from ..clock.machine import cpu_name
 
     return _config.user_folder() / "choices" / _config.file_name(_config._device_name(device) or cpu_name())
 
@@ -71,7 +71,7 @@ def digest(
 ) -> str:
     """A digest of all that decides what is faster, but the device."""
     from .. import __version__
-    from ..benchmarks.measure import versions
+    from ..clock.machine import versions
 
     modules = [
         (name, f"{type(module).__module__}.{type(module).__qualname__}", len(module._forward_hooks))

@@ -81,7 +81,7 @@ def _measure(
     attention: str,
     budget_s: float,
 ) -> Choice:
-    from ..benchmarks.measure import sample_ms, time_interleaved
+    from ..clock.timing import sample_ms, time_interleaved
     from .accelerate import accelerate
 
     begin = time.monotonic()

@@ -28,7 +28,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .results import Row, Run
+from ..runner.results import Row, Run
 from .targets import is_ours
 
 FLOOR = 0.02

@@ -12,10 +12,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
-from vitfast.benchmarks import profile as profiles
-from vitfast.benchmarks import registry
-from vitfast.benchmarks.measure import Ceilings
-from vitfast.benchmarks.profile import Line, Profile, profile, work_of
+from vitfast.benchmarks import kernel_profile as profiles
+from vitfast.benchmarks.kernel_profile import Line, Profile, profile, work_of
+from vitfast.benchmarks.workloads import base
+from vitfast.benchmarks.workloads.table import workloads
+from vitfast.clock.ceilings import Ceilings
 
 CPU = torch.device("cpu")
 MODEL = "vit_tiny_patch16_224"
@@ -25,17 +26,17 @@ CEILINGS = Ceilings(10.0, {"fp32": 0.1})
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(
-        registry.MODELS, MODEL, {"depth": 2, "img_size": 32, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
+        base.MODELS, MODEL, {"depth": 2, "img_size": 32, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
     )
-    registry.reference_model.cache_clear()
-    registry.model_flops.cache_clear()
+    base.reference_model.cache_clear()
+    base.model_flops.cache_clear()
     yield
-    registry.reference_model.cache_clear()
-    registry.model_flops.cache_clear()
+    base.reference_model.cache_clear()
+    base.model_flops.cache_clear()
 
 
-def _workloads() -> dict[str, registry.Workload]:
-    return {w.name: w for w in registry.workloads(("kernel",), (MODEL,), (3,), ("fp32",))}
+def _workloads() -> dict[str, base.Workload]:
+    return {w.name: w for w in workloads(("kernel",), (MODEL,), (3,), ("fp32",))}
 
 
 def _profile(scope: str) -> Profile:
@@ -83,7 +84,7 @@ def test_ceilings_are_measured_where_none_of_that_dtype_are_given(monkeypatch: p
         asked.append((dtypes, quick))
         return CEILINGS
 
-    monkeypatch.setattr(profiles.measure, "measure_ceilings", measured)
+    monkeypatch.setattr(profiles, "measure_ceilings", measured)
     for given in (None, Ceilings(1.0, {"bf16": 1.0}), CEILINGS):
         found = profile(MODEL, batch=1, dtype="fp32", device=CPU, ceilings=given, calls=1, quick=True)
         assert found.ceilings is CEILINGS
@@ -199,7 +200,7 @@ def test_text() -> None:
     assert found.floor_ms == 1.25
     assert str(found).splitlines() == [
         "block of model b3 fp32: 2.5000 ms a call, kernels 2.0000 ms, floor 1.2500 ms (0.1 TFLOP/s, 10 GB/s)",
-        "   gap ms         ms      floor   share     x  work, kernel",
-        "   0.5000     0.5000          -   25.0%     1  aten::gelu: aten::gelu",
-        "   0.2500     1.5000     1.2500   75.0%     2  linear.fc1/model: _linear_fwd_kernel",
+        "gap ms      ms   floor  share  x  work, kernel",
+        "0.5000  0.5000       -  25.0%  1  aten::gelu: aten::gelu",
+        "0.2500  1.5000  1.2500  75.0%  2  linear.fc1/model: _linear_fwd_kernel",
     ]

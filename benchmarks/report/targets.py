@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .results import Row, Run
+from ..runner.results import Row, Run
 
 SOURCE = (
     'issue 3, "Speed that the suite will hold us to (H100)": "B/16 bf16 b256 at least 17,000 img/s and 1.35x the best '

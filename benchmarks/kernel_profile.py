@@ -7,7 +7,9 @@ a fused kernel would have done) is a gap as a whole. On CPU the rows are torch's
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +22,14 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
 import vitfast
+from vitfast.clock import timing
+from vitfast.clock.ceilings import Ceilings, measure_ceilings
 from vitfast.proof.parity import fp32_products
-from vitfast.proof.subjects import seed_weights
+from vitfast.proof.subjects import pick_device, seed_weights
+from vitfast.table import text_table
 
-from . import measure
-from .measure import Ceilings
-from .registry import DTYPES, MODELS, Workload, workloads
+from .workloads.base import DTYPES, MODELS, Workload
+from .workloads.table import workloads
 
 SCOPES = ("block", "model")
 
@@ -83,19 +87,24 @@ class Profile:
 
     def __str__(self) -> str:
         rate = self.ceilings.gemm_tflop_s[self.dtype]
-        lines = [
+        said = (
             f"{self.scope} of {self.model} b{self.batch} {self.dtype}: {self.wall_ms:.4f} ms a call, kernels"
             f" {self.busy_ms:.4f} ms, floor {self.floor_ms:.4f} ms"
-            f" ({rate:.1f} TFLOP/s, {self.ceilings.copy_gb_s:.0f} GB/s)",
-            f"{'gap ms':>9}  {'ms':>9}  {'floor':>9}  {'share':>6}  {'x':>4}  work, kernel",
+            f" ({rate:.1f} TFLOP/s, {self.ceilings.copy_gb_s:.0f} GB/s)"
+        )
+        rows = [
+            [
+                f"{line.gap_ms:.4f}",
+                f"{line.ms:.4f}",
+                "-" if line.floor_ms is None else f"{line.floor_ms:.4f}",
+                f"{100 * line.share:.1f}%",
+                f"{line.launches:g}",
+                f"{line.workload or line.op}: {line.kernel[:60]}",
+            ]
+            for line in self.lines
         ]
-        for line in self.lines:
-            floor = "-" if line.floor_ms is None else f"{line.floor_ms:.4f}"
-            lines.append(
-                f"{line.gap_ms:9.4f}  {line.ms:9.4f}  {floor:>9}  {100 * line.share:5.1f}%  {line.launches:4g}"
-                f"  {line.workload or line.op}: {line.kernel[:60]}"
-            )
-        return "\n".join(lines)
+        header = ["gap ms", "ms", "floor", "share", "x", "work, kernel"]
+        return f"{said}\n{text_table(header, rows, right=range(5))}"
 
 
 def work_of(op: str, shapes: Sequence[Sequence[int]]) -> tuple[Any, ...] | None:
@@ -200,7 +209,7 @@ def profile(
     Args:
         model: name of an architecture.
         batch: images a call.
-        dtype: a key of `registry.DTYPES`.
+        dtype: a key of `DTYPES`.
         device: where.
         scope: "block", one block on tokens of the model's shape, or "model", from pixels to logits.
         ceilings: of this run; None to measure them.
@@ -216,7 +225,7 @@ def profile(
     for workload in workloads(("kernel",), (model,), (batch,), (dtype,)):
         known.setdefault(_key(workload), workload)
     if ceilings is None or dtype not in ceilings.gemm_tflop_s:
-        ceilings = measure.measure_ceilings(device, {dtype: DTYPES[dtype]}, quick=quick)
+        ceilings = measure_ceilings(device, {dtype: DTYPES[dtype]}, quick=quick)
     options = {**MODELS.get(model, {}), **({"depth": 1} if scope == "block" else {})}
     whole: Any = seed_weights(vitfast.create_model(model, **options)).eval().to(device)
     vitfast.accelerate(whole, precision=dtype)
@@ -232,11 +241,11 @@ def profile(
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with fp32_products(device, dtype == "tf32"):
-        wall = measure.time_interleaved({"call": run}, device, budget_s=0.1 if quick else 2.0)["call"].median
+        wall = timing.time_interleaved({"call": run}, device, budget_s=0.1 if quick else 2.0)["call"].median
         with record(activities=activities, record_shapes=True) as recorded:
             for i in range(calls):
                 run(i)
-            measure.synchronize(device)
+            timing.synchronize(device)
     totals = _collect(list(recorded.events() or []), known)
     busy = sum(microseconds for _, microseconds, _ in totals.values()) / 1e3 / calls
     by_name = {workload.name: workload for workload in known.values()}
@@ -258,3 +267,24 @@ def profile(
         )
     lines.sort(key=lambda line: -line.gap_ms)
     return Profile(model, batch, dtype, scope, wall, busy, ceilings, tuple(lines))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the profile of a block or of a whole model."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vitfast.benchmarks.kernel_profile", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--model", default="vit_base_patch16_224", help="an architecture (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images a call (default %(default)s)")
+    parser.add_argument("--precision", choices=list(DTYPES), help="default bf16 on cuda, fp32 on CPU")
+    parser.add_argument("--scope", choices=SCOPES, default="block", help="default %(default)s")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where torch sees one, else cpu)")
+    options = parser.parse_args(argv)
+    device = pick_device(options.device)
+    dtype = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+    print(profile(options.model, batch=options.batch, dtype=dtype, device=device, scope=options.scope))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .measure import Ceilings
+from vitfast.clock.ceilings import Ceilings
 
 SCHEMA = 1
 

@@ -1,0 +1,1 @@
+"""What is measured: workloads, each with its sizes, its work, its inputs and its reference."""
