@@ -2,10 +2,10 @@
 
 from .accelerate import Report, accelerate, report, restore
 from .architectures import create_model, list_models
-from .attention_maps import attention_maps, grad_rollout, overlay, rollout
+from .images.transforms import ImageSpec, image_spec, preprocess
+from .maps.maps import attention_maps, grad_rollout, overlay, rollout
 from .model import VisionTransformer
 from .parity import compare, parity
-from .preprocess import ImageSpec, image_spec, preprocess
 from .register import register
 from .weights import load_weights
 

@@ -246,7 +246,7 @@ def _parser() -> _Parser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .demo import run_demo
+    from .demo.run import run_demo
 
     result = run_demo(
         image=options.image,
@@ -310,9 +310,9 @@ def _attend(options: argparse.Namespace) -> int:
     from PIL import Image
 
     from .accelerate import accelerate
-    from .attention_maps import attention_maps, draw, rollout
-    from .demo import load_image, look
+    from .demo.run import load_image, look
     from .libraries import has_weights
+    from .maps.maps import attention_maps, draw, rollout
     from .parity import build_model, pick_device
     from .precision import get_precision
 
@@ -348,8 +348,8 @@ def _spec(name: str, model: Any) -> Any:
     """How a model wants its images: what the model says, or what lies beside one of Transformers."""
     from pathlib import Path
 
+    from .images.transforms import image_spec
     from .libraries import library, library_of
-    from .preprocess import image_spec
 
     plain = name.removeprefix("transformers:")
     if library_of(name) != "transformers" or not ("/" in plain or Path(plain).is_dir()):

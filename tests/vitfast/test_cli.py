@@ -17,11 +17,11 @@ from PIL import Image
 import vitfast
 from vitfast import cli, kernels
 from vitfast.architectures import ARCHITECTURES
-from vitfast.attention_maps import draw
 from vitfast.benchmarks import measure
 from vitfast.benchmarks.results import Row, Run, load
-from vitfast.demo import load_image, look, sample_image
+from vitfast.demo.run import load_image, look, sample_image
 from vitfast.doctor import Diagnosis
+from vitfast.maps.maps import draw
 from vitfast.parity import parity, seed_weights
 
 TINY = {

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import vitfast
-from vitfast import cli, demo, kernels
+from vitfast import cli, kernels
 from vitfast.architectures import ARCHITECTURES
-from vitfast.attention_maps import attention_maps, rollout
-from vitfast.demo import Interpreted, Timing, load_image, look, measure, run_demo
+from vitfast.demo import run as demo
+from vitfast.demo.run import Interpreted, Timing, load_image, look, measure, run_demo
+from vitfast.maps.maps import attention_maps, rollout
 from vitfast.parity import build_model, parity, seed_weights
 
 TINY = {

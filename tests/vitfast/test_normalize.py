@@ -16,8 +16,8 @@ import vitfast
 from tests._close import assert_close
 from tests.vitfast._models import BUILDERS, TINY, fused_names, reference, timm_vit
 from vitfast.architectures import create_model, list_models
+from vitfast.images.transforms import ImageSpec, image_spec, preprocess
 from vitfast.kernels import INTERPRET
-from vitfast.preprocess import ImageSpec, image_spec, preprocess
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

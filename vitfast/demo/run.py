@@ -30,15 +30,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from . import __version__, kernels
-from .accelerate import Report, accelerate, report
-from .architectures import create_model
-from .attention_maps import attention_maps, overlay, rollout
-from .doctor import doctor, how_ops_run
-from .kernels._triton import HAS_TRITON
-from .parity import FACTOR, Comparison, Parity, build_model, fp32_products, parity, pick_device, seed_weights
-from .precision import get_precision
-from .preprocess import ImageSpec, image_spec, preprocess, reading
+from .. import __version__, kernels
+from ..accelerate import Report, accelerate, report
+from ..architectures import create_model
+from ..doctor import doctor, how_ops_run
+from ..images.transforms import ImageSpec, image_spec, preprocess, reading
+from ..kernels._triton import HAS_TRITON
+from ..maps.maps import attention_maps, overlay, rollout
+from ..parity import FACTOR, Comparison, Parity, build_model, fp32_products, parity, pick_device, seed_weights
+from ..precision import get_precision
 
 # what each kind of replacement calls, and what that fuses
 _FUSED = {
@@ -307,7 +307,7 @@ def interpret_kernels() -> Interpreted:
 
 def _interpret_in_child(timeout: float = 60.0) -> Interpreted | str:
     # triton reads the variable when a kernel is decorated, so it takes a process of its own
-    code = "import dataclasses, json, vitfast.demo as d; print(json.dumps(dataclasses.asdict(d.interpret_kernels())))"
+    code = "import dataclasses, json, vitfast.demo.run as d; print(json.dumps(dataclasses.asdict(d.interpret_kernels())))"
     try:
         child = subprocess.run(
             [sys.executable, "-c", code],

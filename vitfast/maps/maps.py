@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from .adapters import match
-from .layers import FusedAttention, FusedBlock, face
+from ..adapters import match
+from ..layers import FusedAttention, FusedBlock, face
 
 HEADS = ("mean", "max", "min")
 ROWS = ("all", "cls")

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .model import VisionTransformer
+from ..model import VisionTransformer
 
 FORMATS = "JPEG, PNG, WebP, TIFF, GIF, BMP or another format that Pillow reads"
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import vitfast
 from tests.vitfast.test_graphs import X, assert_replays, emulation, warm  # noqa: F401
 from vitfast import kernels
-from vitfast.attention_maps import AttentionMaps, attention_maps, draw, grad_rollout, overlay, rollout
+from vitfast.maps.maps import AttentionMaps, attention_maps, draw, grad_rollout, overlay, rollout
 from vitfast.parity import seed_weights
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
