@@ -7,7 +7,6 @@ models, from `state_dict`, so that all candidates compute the same function on t
 from __future__ import annotations
 
 import functools
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitfast import ImageSpec, create_model
+from vitfast.images.resize import ResizeCrop
 from vitfast.kernels import (
     add_layer_norm_ref,
     attention_ref,
@@ -221,9 +221,7 @@ class Normalized(nn.Module):
 def photo_spec(model: str) -> ImageSpec:
     """How photographs become a model's pixels: resized and cropped as timm does for its ViTs."""
     size = reference_model(model).patch_embed.img_size
-    height, width = (math.floor(side / 0.9) for side in size)
-    fit = "shortest" if height == width else "cover"
-    return ImageSpec(size, (height, width), fit, "bicubic", (MEAN,) * 3, (STD,) * 3)
+    return ImageSpec(size, (MEAN,) * 3, (STD,) * 3, ResizeCrop(size))
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def source_files(folder: str) -> set[str]:
     return {
         path.relative_to(base).as_posix()
         for path in base.rglob("*")
-        if path.is_file() and path.suffix in {".py", ".json", ".typed"} and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix in {".py", ".json", ".j2", ".typed"} and "__pycache__" not in path.parts
     }
 
 
@@ -141,7 +141,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
     runtime = {Requirement(r).name for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow"}
+    assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow", "jinja2"}
     assert "vitfast = vitfast.cli:main" in entry_points.replace("=", " = ").replace("  ", " ")
 
 

@@ -2,8 +2,12 @@
 
 from .accelerate import Report, accelerate, report, restore
 from .architectures import create_model, list_models
-from .images.transforms import ImageSpec, image_spec, preprocess
-from .maps.maps import attention_maps, grad_rollout, overlay, rollout
+from .images.spec import ImageSpec, image_spec
+from .images.transforms import preprocess
+from .maps.gradients import grad_rollout
+from .maps.maps import attention_maps
+from .maps.pictures import overlay
+from .maps.rollouts import rollout
 from .model import VisionTransformer
 from .parity import compare, parity
 from .register import register

@@ -310,9 +310,12 @@ def _attend(options: argparse.Namespace) -> int:
     from PIL import Image
 
     from .accelerate import accelerate
-    from .demo.run import load_image, look
+    from .images.photo import load_image
+    from .images.view import look
     from .libraries import has_weights
-    from .maps.maps import attention_maps, draw, rollout
+    from .maps.maps import attention_maps
+    from .maps.pictures import draw
+    from .maps.rollouts import rollout
     from .parity import build_model, pick_device
     from .precision import get_precision
 
@@ -348,7 +351,7 @@ def _spec(name: str, model: Any) -> Any:
     """How a model wants its images: what the model says, or what lies beside one of Transformers."""
     from pathlib import Path
 
-    from .images.transforms import image_spec
+    from .images.spec import image_spec
     from .libraries import library, library_of
 
     plain = name.removeprefix("transformers:")
