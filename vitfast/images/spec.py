@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..model import VisionTransformer
 from .resize import ResizeCrop
 
-Pixels = Image.Image | Tensor
+Pixels: TypeAlias = Image.Image | Tensor
 
 
 @dataclass(frozen=True)
