@@ -19,9 +19,10 @@ from vitfast import cli, kernels
 from vitfast.architectures import ARCHITECTURES
 from vitfast.benchmarks import measure
 from vitfast.benchmarks.results import Row, Run, load
-from vitfast.demo.run import load_image, look, sample_image
 from vitfast.doctor import Diagnosis
-from vitfast.maps.maps import draw
+from vitfast.images.photo import load_image, sample_image
+from vitfast.images.view import look
+from vitfast.maps.pictures import draw
 from vitfast.parity import parity, seed_weights
 
 TINY = {
