@@ -1,8 +1,12 @@
 """vitfast: a drop-in fast Vision Transformer for PyTorch."""
 
-from .attention_maps import attention_maps, grad_rollout, overlay, rollout
 from .doors.register import register
-from .preprocess import ImageSpec, image_spec, preprocess
+from .images.spec import ImageSpec, image_spec
+from .images.transforms import preprocess
+from .maps.gradients import grad_rollout
+from .maps.maps import attention_maps
+from .maps.pictures import overlay
+from .maps.rollouts import rollout
 from .proof.parity import parity
 from .reference.architectures import create_model, list_models
 from .reference.vit import VisionTransformer

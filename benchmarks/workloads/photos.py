@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitfast import ImageSpec
+from vitfast.images.resize import ResizeCrop
 
 from .base import reference_model
 
@@ -41,9 +41,7 @@ class Normalized(nn.Module):
 def photo_spec(model: str) -> ImageSpec:
     """How photographs become a model's pixels: resized and cropped as timm does for its ViTs."""
     size = reference_model(model).patch_embed.img_size
-    height, width = (math.floor(side / 0.9) for side in size)
-    fit = "shortest" if height == width else "cover"
-    return ImageSpec(size, (height, width), fit, "bicubic", (MEAN,) * 3, (STD,) * 3)
+    return ImageSpec(size, (MEAN,) * 3, (STD,) * 3, ResizeCrop(size))
 
 
 @functools.cache

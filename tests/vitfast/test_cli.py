@@ -18,13 +18,14 @@ from PIL import Image
 
 import vitfast
 from vitfast import kernels
-from vitfast.attention_maps import draw
 from vitfast.benchmarks.runner.results import Row, Run, load
 from vitfast.cli import arguments, models
 from vitfast.cli.main import main
 from vitfast.clock import ceilings, timing
-from vitfast.demo import load_image, look, sample_image
 from vitfast.doctor import Diagnosis
+from vitfast.images.photo import load_image, sample_image
+from vitfast.images.view import look
+from vitfast.maps.pictures import draw
 from vitfast.proof.parity import parity
 from vitfast.proof.subjects import seed_weights
 from vitfast.reference.architectures import ARCHITECTURES

@@ -13,10 +13,15 @@ import torch
 from PIL import Image
 
 import vitfast
-from vitfast import demo, kernels
-from vitfast.attention_maps import attention_maps, rollout
+from vitfast import kernels
 from vitfast.cli.main import main
-from vitfast.demo import Interpreted, Timing, load_image, look, measure, run_demo
+from vitfast.demo import run
+from vitfast.demo.interpret import Interpreted, interpret_in_child
+from vitfast.demo.result import how_rough
+from vitfast.demo.run import run_demo
+from vitfast.demo.throughput import Throughput, measure
+from vitfast.images.photo import load_image, sample_image
+from vitfast.images.view import look
 from vitfast.proof.parity import parity
 from vitfast.proof.subjects import build_model, seed_weights
 from vitfast.reference.architectures import ARCHITECTURES
@@ -30,7 +35,7 @@ TINY = {
     "num_heads": 3,
     "num_classes": 7,
 }
-VOID = {"meta", "img", "br", "rect", "path"}
+VOID = {"meta", "img", "br"}
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +154,7 @@ def test_pictures_show_the_rollout(photo, tmp_path) -> None:
     assert drawn.shape == (64, 64, 3)
     model = build_model("vit_test")
     pixels, view = look(load_image(photo), vitfast.image_spec(model))
-    flow = rollout(attention_maps(model, pixels))[0]
+    flow = vitfast.rollout(vitfast.attention_maps(model, pixels))[0]
     # the overlay less the photograph's share is the colour, whose red grows with the map
     colour = drawn - 0.4 * np.asarray(view, dtype=float)
     red = np.array(
@@ -175,7 +180,7 @@ def test_names_are_escaped(photo, tmp_path) -> None:
 def test_a_wrong_kernel_is_on_the_page_and_in_the_status(photo, tmp_path, monkeypatch, capsys) -> None:
     right = kernels.attention_qkv
     monkeypatch.setattr(kernels, "attention_qkv", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
-    monkeypatch.setattr(demo, "_interpret_in_child", lambda: Interpreted(True, 1, 0.0, 1.0))
+    monkeypatch.setattr(run, "interpret_in_child", lambda: Interpreted(True, 1, 0.0, 1.0))
     argv = ["demo", "--model", "vit_test", "--image", str(photo), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main([*argv, "--seconds", "0.05"]) == 1
     captured = capsys.readouterr()
@@ -211,19 +216,17 @@ def test_a_model_without_classes_or_class_token(photo, tmp_path, monkeypatch) ->
     assert next(row for row in result.report.kept if row.original == "AttentionPool").note in text
 
 
-def test_the_model_sees_what_timm_shows_it(photo, tmp_path) -> None:
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("deit_tiny_patch16_224", depth=1)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    for size in ((512, 600), (333, 250), (224, 224), (100, 71)):
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-        pixels, view = look(image, vitfast.image_spec(model))
-        torch.testing.assert_close(pixels, transform(image)[None], rtol=0, atol=1e-6)
-        assert view.size == (448, 448)
-    # and the page says how
+def test_the_page_says_how_images_are_prepared(photo, tmp_path) -> None:
     text = Page(small_demo(photo, tmp_path).files["page"].read_text(encoding="utf-8")).text
-    assert "resized (bicubic) their shorter side to 35 pixels, cropped in the centre to 32 x 32" in text
+    assert "Images become 32 x 32 pixels by ResizeCrop(size=(32, 32), crop_pct=0.9, crop_mode='center'" in text
     assert "with mean 0.5/0.5/0.5 and standard deviation 0.5/0.5/0.5" in text
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+def test_images_of_any_shape(size, photo, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "vit_test", {**TINY, "img_size": size})
+    result = small_demo(photo, tmp_path)
+    assert Image.open(result.files["overlay"]).size == (2 * size[1], 2 * size[0])
 
 
 def test_the_view_is_the_part_that_the_model_sees() -> None:
@@ -283,7 +286,7 @@ def test_what_is_no_picture_is_one_line_with_the_file_and_the_formats(kind, tmp_
 
 
 def test_without_matplotlib_the_error_says_what_to_do(monkeypatch, tmp_path) -> None:
-    assert Image.open(demo.sample_image()).size == (512, 600)
+    assert Image.open(sample_image()).size == (512, 600)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install matplotlib, or give --image"):
         run_demo(model="vit_test", out=tmp_path)
@@ -312,19 +315,19 @@ def test_few_rounds_are_said_to_be_rough(photo, tmp_path) -> None:
     said = "Only 3 rounds fit into the time"
     assert said in str(result)
     assert said in Page(result.files["page"].read_text(encoding="utf-8")).text
-    assert demo._how_rough(5) == ""
+    assert how_rough(5) == ""
 
 
 def test_rates_are_quantiles_of_images_per_second() -> None:
-    timing = Timing(4, (1.0, 2.0, 4.0))
+    timing = Throughput(4, (1.0, 2.0, 4.0))
     assert timing.rate() == 2.0
     assert timing.rate(0.0) == 1.0
     assert timing.rate(1.0) == 4.0
 
 
-@pytest.mark.skipif(not demo.HAS_TRITON, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not run.HAS_TRITON, reason="needs Triton's interpreter")
 def test_the_kernels_themselves_are_interpreted() -> None:
-    found = demo._interpret_in_child()
+    found = interpret_in_child()
     assert isinstance(found, Interpreted), found
     assert found.ok
     assert found.modules == 13
@@ -333,7 +336,7 @@ def test_the_kernels_themselves_are_interpreted() -> None:
 
 def test_an_interpreter_that_fails_is_told_in_a_sentence(monkeypatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert "could not be interpreted: no message" in str(demo._interpret_in_child())
+    assert "could not be interpreted: no message" in str(interpret_in_child())
 
 
 def test_under_the_interpreter_the_demo_declines(monkeypatch, photo, tmp_path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def demo_command(options: argparse.Namespace) -> int:
-    from ..demo import run_demo
+    from ..demo.run import run_demo
 
     result = run_demo(
         image=options.image,
@@ -74,8 +74,11 @@ def attend_command(options: argparse.Namespace) -> int:
 
     from PIL import Image
 
-    from ..attention_maps import attention_maps, draw, rollout
-    from ..demo import load_image, look
+    from ..images.photo import load_image
+    from ..images.view import look
+    from ..maps.maps import attention_maps
+    from ..maps.pictures import draw
+    from ..maps.rollouts import rollout
     from ..proof.libraries import has_weights
     from ..proof.subjects import build_model, pick_device
     from ..swap.accelerate import accelerate
@@ -113,7 +116,7 @@ def _spec(name: str, model: Any) -> Any:
     """How a model wants its images: what the model says, or what lies beside one of Transformers."""
     from pathlib import Path
 
-    from ..preprocess import image_spec
+    from ..images.spec import image_spec
     from ..proof.libraries import library, library_of
 
     plain = name.removeprefix("transformers:")

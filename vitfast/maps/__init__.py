@@ -1,0 +1,1 @@
+"""What a Vision Transformer attends to: probabilities per layer, rollouts, and pictures of them."""
