@@ -6,7 +6,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 
 if __name__ == "vitfast.kernels":
     from ._derived import derived, expire, rederive, release
-    from ._op import INTERPRET
+    from ._op import INTERPRET, by_reference
     from .attention import (
         MAX_HEAD_DIM,
         attention,
@@ -47,6 +47,7 @@ __all__ = [
     "attention_lse_ref",
     "attention_qkv",
     "attention_ref",
+    "by_reference",
     "derived",
     "expire",
     "layer_norm",

@@ -31,6 +31,9 @@ KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail
 # in the place of a module that a library's layer does not have
 IDENTITY = nn.Identity()
 
+# the kernels' names for what libraries' activation modules compute, by class: whoever proves one puts it here
+ACTIVATIONS: dict[type[nn.Module], str] = {}
+
 _leaving = threading.local()
 
 # of tokens that a block handed on: their version, and the statistics of each
@@ -503,15 +506,12 @@ class FusedMlp(FusedLayer):
     fc2: Any
     drop2: Any
 
-    # activation modules besides nn.GELU that a kernel knows, by class
-    activations: ClassVar[dict[type[nn.Module], str]] = {}
-
     @classmethod
     def epilogue(cls, module: nn.Module) -> str | None:
         """The kernel's name for an activation module, or None where it has none."""
         if type(module) is nn.GELU:
             return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-        return cls.activations.get(type(module))
+        return ACTIVATIONS.get(type(module))
 
     def fusable(self) -> bool:
         """Whether the modules inside are those that stand here by their names."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import layers
-from ..known import Rebuilt
+from ..known import Rebuilt, asked, beside, pair
 
 
 class DinoPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
@@ -27,6 +27,21 @@ class DinoPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
         if self.flatten_embedding:
             return tokens
         return tokens.unflatten(1, (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]))
+
+
+class CopiedPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
+    """`PatchEmbed` of MAE, BEiT and others: a convolution, flat, and nothing behind it."""
+
+    def fusable(self, pixels: Tensor) -> bool:
+        """Whether the kernel computes what the original would; other sizes than its own it may refuse."""
+        own = getattr(self, "img_size", None)
+        return super().fusable(pixels) and (own is None or tuple(pixels.shape[2:]) == pair(own))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[B, C, H, W]` to `[B, N, D]`."""
+        if asked(args, kwargs) or not self.fusable(x):
+            return super().forward(x, *args, **kwargs)
+        return self.tokens(x)
 
 
 class DinoAttention(layers.FusedAttention, Rebuilt):
@@ -67,6 +82,17 @@ class DinoMlp(layers.FusedMlp, Rebuilt):
     drop1 = drop2 = layers.alias("drop")
 
 
+class LateDropMlp(layers.FusedMlp, Rebuilt):
+    """`Mlp` of MAE's and BEiT's kind: one dropout, behind the second layer alone."""
+
+    drop1 = layers.IDENTITY
+    drop2 = layers.alias("drop")
+
+
+class CopiedMlp(layers.FusedMlp, Rebuilt):
+    """timm's `Mlp`, without a norm."""
+
+
 class DinoBlock(layers.FusedBlock, Rebuilt):
     """`Block` and `NestedTensorBlock`."""
 
@@ -76,9 +102,7 @@ class DinoBlock(layers.FusedBlock, Rebuilt):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if original := vars(cls).get("replaces"):
-            from .table import _layer_scale_beside
-
-            cls.layer_scale_class = _layer_scale_beside(original)
+            cls.layer_scale_class = beside(original, "LayerScale")
 
     def _undropped(self, module: nn.Module) -> bool:
         # nothing is called to drop in evaluation, and nothing without a rate
@@ -95,6 +119,24 @@ class DinoBlock(layers.FusedBlock, Rebuilt):
         if self.sample_drop_ratio:
             limits.append(f"drop_path {self.sample_drop_ratio:.3g}: the original forward runs in training")
         return limits
+
+
+class CopiedBlock(layers.FusedBlock, Rebuilt):
+    """`Block` of MAE's kind: one `drop_path` for both branches, no LayerScale."""
+
+    ls1 = ls2 = layers.IDENTITY
+    drop_path1 = drop_path2 = layers.alias("drop_path")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if original := vars(cls).get("replaces"):
+            cls.drop_path_class = beside(original, "DropPath")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`."""
+        if asked(args, kwargs) or layers.symbolic(x):
+            return super().forward(x, *args, **kwargs)
+        return self.fused(x)
 
 
 class DinoVisionTransformer(layers.FusedModel, Rebuilt):

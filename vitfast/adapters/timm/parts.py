@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-import timm.layers
 import torch
 from torch import Tensor, nn
 
@@ -41,18 +40,27 @@ class FusedTimmPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
 class FusedTimmMlp(layers.FusedMlp, Rebuilt):
     """`timm.layers.Mlp` of linear layers."""
 
-    activations: ClassVar = {
-        timm.layers.activations.GELU: "gelu",
-        timm.layers.activations.GELUTanh: "gelu_tanh",
-        timm.layers.activations.QuickGELU: "quick_gelu",
-    }
-
     def between(self, hidden: Tensor) -> Tensor:
         """timm's optional norm between the two layers."""
-        return self.norm(hidden)
+        return self.norm(hidden) if "norm" in self._modules else hidden
 
 
-class _PartBias(layers.FusedAttention, Rebuilt):
+class Scaled(layers.FusedAttention, Rebuilt):
+    """timm's attention scales by the heads' width where torch's function attends, else by its own attribute."""
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        """Of the scores."""
+        if getattr(self, "fused_attn", False):
+            return (self.proj.in_features // self.num_heads) ** -0.5
+        return vars(self)["scale"]
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        vars(self)["scale"] = value
+
+
+class _PartBias(Scaled):
     """q and v have biases beside a qkv layer without: all are one layer."""
 
     q_bias: Any

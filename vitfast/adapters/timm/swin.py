@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ... import attention_backends, kernels, layers
 from ..known import Rebuilt
-from .parts import _PartBias
+from .parts import Scaled, _PartBias
 
 
-class FusedTimmWindowAttention(layers.FusedAttention, Rebuilt):
+class FusedTimmWindowAttention(Scaled):
     """Attention within windows: of a map where a block asks, of windows that timm has cut where it is called."""
 
     q_norm = k_norm = layers.IDENTITY

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ... import layers
-from ..known import Rebuilt
+from ..known import Rebuilt, beside
 from .attention import _Attention, _idle
 
 
@@ -81,11 +81,9 @@ class Dinov2Layer(_Layer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if original := vars(cls).get("replaces"):
-            from .table import _copy_beside
-
             # each model has classes of its own for these
-            cls.layer_scale_class = _copy_beside(original, "dinov2.Dinov2LayerScale")
-            cls.drop_path_class = _copy_beside(original, "dinov2.Dinov2DropPath")
+            cls.layer_scale_class = beside(original, ".*LayerScale")
+            cls.drop_path_class = beside(original, ".*DropPath")
 
 
 class BeitLayer(ViTLayer):
@@ -106,10 +104,8 @@ class BeitLayer(ViTLayer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if original := vars(cls).get("replaces"):
-            from .table import _copy_beside
-
-            cls.drop_path_class = _copy_beside(original, "beit.BeitDropPath")
-            cls.relative_class = _copy_beside(original, "beit.BeitRelativePositionBias")
+            cls.drop_path_class = beside(original, ".*DropPath")
+            cls.relative_class = beside(original, ".*RelativePositionBias")
 
     def forward(  # type: ignore[override]
         self,

@@ -5,31 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import activations
 
 from ... import kernels, layers
 from ..known import Rebuilt
-
-# classes of Transformers that compute what an epilogue does; versions differ in which there are
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    getattr(activations, name): epilogue
-    for name, epilogue in (
-        ("GELUActivation", "gelu"),
-        ("GELUTanh", "gelu_tanh"),
-        ("PytorchGELUTanh", "gelu_tanh"),
-        ("NewGELUActivation", "gelu_tanh"),
-        ("FastGELUActivation", "gelu_tanh"),
-        ("AccurateGELUActivation", "gelu_tanh"),
-        ("QuickGELUActivation", "quick_gelu"),
-    )
-    if hasattr(activations, name)
-}
 
 
 class ViTMLP(layers.FusedMlp, Rebuilt):
     """`fc1`, `activation_fn`, `fc2`."""
 
-    activations = ACTIVATIONS
     act = layers.alias("activation_fn")
     drop1 = drop2 = layers.IDENTITY
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import attention_backends, kernels, layers
-from ..known import Rebuilt
-from .attention import IMPLEMENTATIONS, _collects
+from ..known import Rebuilt, beside
+from .attention import IMPLEMENTATIONS
 
 
 class SwinLayer(layers.FusedBlock, Rebuilt):
@@ -22,6 +22,8 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     drop_path1 = layers.alias("drop_path")
     # the second branch has a dropout where the first has a drop path
     drop_path2 = layers.alias("dropout")
+    # computed here, not by a layer in its place
+    covers = ("attention",)
     attention_class: type[nn.Module]
     bias_class: type[nn.Module]
     window_size: int
@@ -30,11 +32,9 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if original := vars(cls).get("replaces"):
-            from .table import _copy_beside
-
-            cls.drop_path_class = _copy_beside(original, "swin.SwinDropPath")
-            cls.attention_class = _copy_beside(original, "swin.SwinAttention")
-            cls.bias_class = _copy_beside(original, "swin.SwinRelativePositionBias")
+            cls.drop_path_class = beside(original, ".*DropPath")
+            cls.attention_class = beside(original, ".*Attention")
+            cls.bias_class = beside(original, ".*RelativePositionBias")
 
     def _undropped(self, module: nn.Module) -> bool:
         return layers._inactive(module) or super()._undropped(module)
@@ -61,7 +61,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             and self.attention_backend in attention_backends.OURS
             # what hands out weights
             and not kwargs.get("output_attentions")
-            and not (attn.config._attn_implementation == "eager" and (_collects("attentions") or layers.hooked(self)))
+            and attn.config._attn_implementation != "eager"
         )
 
     def forward(
@@ -84,7 +84,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             qkv = torch.cat([layers._linear(part, normed, None, None, self.tf32) for part in parts], dim=-1)
         out = kernels.window_attention(
             qkv.unflatten(1, tuple(input_dimensions)),
-            attn.num_attention_heads,
+            attn.q_proj.weight.shape[0] // attn.head_dim,
             (self.window_size,) * 2,
             (int(self.shift_size),) * 2,
             layers.by_columns(attn.relative_position_bias.relative_position_bias_table),
@@ -99,4 +99,6 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     def limits(self) -> list[str]:
         if not layers.plain(self.attention, self.attention_class):
             return ["attention has hooks or is another: the original forward runs"]
+        if self.attention.config._attn_implementation == "eager":
+            return ["attn_implementation 'eager' hands out weights: the original forward runs"]
         return layers.why_uncut(self.attention_backend)
