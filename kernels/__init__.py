@@ -5,7 +5,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 """
 
 if __name__ == "vitfast.kernels":
-    from ._op import INTERPRET
+    from ._op import INTERPRET, by_reference, interprets
     from .activation import ACTIVATIONS
     from .attention import (
         MAX_HEAD_DIM,
@@ -49,7 +49,9 @@ __all__ = [
     "attention_qkv",
     "attention_ref",
     "Folded",
+    "by_reference",
     "fold",
+    "interprets",
     "layer_norm",
     "layer_norm_ref",
     "linear",

@@ -7,7 +7,9 @@ same function in torch's calls) and the decorated one (allocate, launch).
 
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,24 @@ from ._triton import HAS_TRITON
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_thread = threading.local()
+
+
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """In this thread, while open, CPU tensors go to the references under Triton's interpreter too."""
+    before = interprets()
+    _thread.interprets = False
+    try:
+        yield
+    finally:
+        _thread.interprets = before
+
+
+def interprets() -> bool:
+    """Whether kernels run for CPU tensors in this thread, in Triton's interpreter."""
+    return getattr(_thread, "interprets", INTERPRET)
 
 
 def kernel_op(
@@ -64,7 +84,7 @@ def kernel_op(
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            if not INTERPRET and args[0].is_cpu and not torch.compiler.is_compiling():
+            if not interprets() and args[0].is_cpu and not torch.compiler.is_compiling():
                 check(*args)
                 return reference(*args)
             return op(*args)
@@ -113,7 +133,7 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
         if tensor.dtype is dtype:
             continue
         dtype = tensor.dtype
-        if dtype not in KERNEL_DTYPES and (dtype != torch.float64 or tensor.is_cuda or INTERPRET):
+        if dtype not in KERNEL_DTYPES and (dtype != torch.float64 or tensor.is_cuda or interprets()):
             raise TypeError(
                 f"{op}: '{name}' has dtype {dtype}; expected float16, bfloat16 or float32 (float64 on CPU only)"
             )

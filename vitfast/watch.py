@@ -31,6 +31,7 @@ _MODELESS = (nn.Linear, nn.LayerNorm, nn.Identity, nn.GELU, nn.Conv2d)
 
 _training = itemgetter("training")
 _version = attrgetter("_version")
+_forward = attrgetter("forward")
 
 
 class Watch:
@@ -52,6 +53,9 @@ class Watch:
         own = [vars(part) for part in parts]
         self._registries = [vars(root)[name] for name in _REGISTRIES]
         self._parts, self._types = parts, list(map(type, parts))
+        # as a `forward` that somebody puts on a class
+        self._kinds = list({getattr(kind, "replaces", kind): None for kind in (type(root), *self._types)})
+        self._forwards = list(map(_forward, self._kinds))
         self._own, self._lengths = own, list(map(len, own))
         registries = [*self._registries, *(d[name] for d in own for name in _REGISTRIES)]
         self._filled = [registry for registry in registries if registry]
@@ -95,6 +99,7 @@ class Watch:
         try:
             return (
                 list(map(type, self._parts)) == self._types
+                and list(map(_forward, self._kinds)) == self._forwards
                 and list(map(len, self._own)) == self._lengths
                 # by identity: comparing tensors would compare what they hold
                 and len(members) == len(self._members)

@@ -1,19 +1,23 @@
 """Which modules of which library can be replaced, and by what.
 
-One file per library. Each has `swaps()`, a table from a class to the fused class that takes its place, and
-`declined()`, classes that do a replaceable module's work but are left alone, with the reason; or, where copies of one
-class stand in many places, `find()`, which knows a class by what it does. A file is imported when a model holds a class
-of its library, so nothing here imports a library that the user has not.
+One file per library. Each has `OFFERS`, fused layers by the names of the classes that they may stand for, and
+`DECLINED`, classes that do a replaceable module's work but have no fused layer, with the reason. A class counts once
+its own module proved to compute the same (`proved.py`), whatever the library's version and whoever copied or changed it.
+A file is imported when a model holds a class of its library, so nothing here imports a library that the user has not.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
+import sys
 
 from torch import nn
 
 from ..layers import overridden
-from .known import Match
+from . import proved
+from .known import Declined, Match, Offer, around, stray_arguments
 
 # first part of a class's module path -> adapter file
 _ADAPTERS = {
@@ -25,45 +29,48 @@ _ADAPTERS = {
     "open_clip": "open_clip",
 }
 
-# names of classes that are copied from project to project, and so stand under any module path -> adapter file
-_COPIED = dict.fromkeys(
-    (
-        "Attention",
-        "Block",
-        "DinoVisionTransformer",
-        "MemEffAttention",
-        "Mlp",
-        "NestedTensorBlock",
-        "PatchEmbed",
-        "SwiGLUFFN",
-        "SwiGLUFFNFused",
-    ),
-    "dinov2.table",
-)
-
 
 def match(module: nn.Module) -> Match | None:
-    """What can be done with a module; None where it is of no interest.
+    """What can be done with a module, fused or not; None where it is of no interest."""
+    kind = proved.original_class(type(module))
+    offers, declined = _said_of(kind)
+    found: Match | None = None
+    for offer in offers:
+        if not offer.takes(module):
+            continue
+        reason = "; ".join(overridden(module)) or offer.decline(module)
+        if reason:
+            return Match(offer.kind, None, reason)
+        for mixin in offer.mixins:
+            if stray := stray_arguments(mixin, kind):
+                reason = f"its forward takes {', '.join(stray)}, which {mixin.__name__} does not"
+            elif (reason := proved.prove(module, offer, mixin, match)) is None:
+                return Match(offer.kind, around(mixin, kind), "")
+            found = found or Match(offer.kind, None, reason, proved.disproves(reason))
+    for known in declined:
+        if all(hasattr(module, name) for name in known.has.split()):
+            return Match(known.kind, None, known.reason)
+    return found
 
-    A subclass of a replaceable class is declined: its `forward` is not known.
-    """
-    kind = type(module)
+
+@functools.cache
+def _said_of(kind: type[nn.Module]) -> tuple[tuple[Offer, ...], tuple[Declined, ...]]:
+    """What is offered for a class and said against it: by its name, then by those of what it is made of."""
+    offers: dict[Offer, None] = {}
+    declined: dict[Declined, None] = {}
     for ancestor in kind.__mro__:
-        name = _ADAPTERS.get(ancestor.__module__.partition(".")[0], _COPIED.get(ancestor.__name__))
-        if name is None:
+        if not issubclass(ancestor, nn.Module) or ancestor is nn.Module:
             continue
-        adapter = importlib.import_module(f".{name}", __name__)
-        if hasattr(adapter, "find"):
-            swap = adapter.find(ancestor)
-        elif ancestor in adapter.declined():
-            of_kind, reason = adapter.declined()[ancestor]
-            return Match(of_kind, None, reason)
-        else:
-            swap = adapter.swaps().get(ancestor)
-        if swap is None or not (swap.concerns is None or swap.concerns(module)):
-            continue
-        if ancestor is not kind:
-            return Match(swap.fused.kind, None, f"unknown subclass of {ancestor.__name__}")  # type: ignore[attr-defined]
-        reason = "; ".join(overridden(module)) or swap.decline(module)
-        return Match(swap.fused.kind, None if reason else swap.fused, reason or "")  # type: ignore[attr-defined]
-    return None
+        for name in _adapters(ancestor):
+            adapter = importlib.import_module(f".{name}", __name__)
+            offers.update((offer, None) for offer in adapter.OFFERS if re.fullmatch(offer.name, ancestor.__name__))
+            declined.update((said, None) for said in adapter.DECLINED if re.fullmatch(said.name, ancestor.__name__))
+    return tuple(offers), tuple(declined)
+
+
+def _adapters(kind: type) -> list[str]:
+    library = kind.__module__.partition(".")[0]
+    if library in _ADAPTERS:
+        return [_ADAPTERS[library]]
+    # classes are copied from project to project, DINOv2's and Transformers' more than others
+    return ["dinov2.table", *(["transformers.table"] if "transformers" in sys.modules else [])]

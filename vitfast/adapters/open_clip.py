@@ -7,16 +7,15 @@ stream is in 16 bits; class token and position embedding are cast to the tokens'
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from open_clip import transformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import layers
-from .known import Rebuilt, Swap, around
-from .torch_nn import decline_layer_norm, never
+from .known import Declined, Offer, Rebuilt, of_images, of_tokens
+from .torch_nn import decline_layer_norm, of_norm
 
 
 class FusedOpenClipLayerNorm(layers.FusedLayerNorm, Rebuilt):
@@ -106,25 +105,36 @@ class FusedOpenClipVisionTransformer(layers.FusedStemModel, Rebuilt):
         return self.ln_pre(self.patch_dropout(x))
 
 
-@functools.cache
-def swaps() -> dict[type[nn.Module], Swap]:
-    """Replaceable classes of open_clip."""
-    return {
-        transformer.LayerNorm: Swap(around(FusedOpenClipLayerNorm, transformer.LayerNorm), decline_layer_norm),
-        transformer.LayerNormFp32: Swap(
-            around(FusedOpenClipLayerNormFp32, transformer.LayerNormFp32), decline_layer_norm
-        ),
-        transformer.ResidualAttentionBlock: Swap(around(FusedOpenClipBlock, transformer.ResidualAttentionBlock), never),
-        transformer.VisionTransformer: Swap(
-            around(FusedOpenClipVisionTransformer, transformer.VisionTransformer), never
-        ),
-    }
-
-
-@functools.cache
-def declined() -> dict[type[nn.Module], tuple[str, str]]:
-    """Classes of open_clip that are known and left alone."""
-    return {
-        transformer.Attention: ("attention", "open_clip's own attention, of custom blocks: its options have no kernel"),
-        transformer.CustomResidualAttentionBlock: ("block", "not the plain pre-norm block"),
-    }
+OFFERS = (
+    # where a norm computes in fp32, a comparison in float64 is no nearer
+    Offer("LayerNorm", "layer_norm", (FusedOpenClipLayerNorm,), "normalized_shape eps", (of_norm,), decline_layer_norm),
+    Offer(
+        "LayerNormFp32",
+        "layer_norm",
+        (FusedOpenClipLayerNormFp32,),
+        "normalized_shape eps",
+        (of_norm,),
+        decline_layer_norm,
+        rtol=3e-6,
+    ),
+    Offer(
+        "ResidualAttentionBlock",
+        "block",
+        (FusedOpenClipBlock,),
+        "ln_1 attn ls_1 ln_2 mlp ls_2",
+        (of_tokens,),
+        rtol=3e-6,
+    ),
+    Offer(
+        "VisionTransformer",
+        "model",
+        (FusedOpenClipVisionTransformer,),
+        "conv1 class_embedding positional_embedding transformer ln_post pool_type",
+        of_images(lambda model: model.patch_size, lambda model: model.image_size),
+        rtol=3e-6,
+    ),
+)
+DECLINED = (
+    Declined("Attention", "attention", "open_clip's own attention, of custom blocks: its options have no kernel"),
+    Declined("CustomResidualAttentionBlock", "block", "not the plain pre-norm block"),
+)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import layers
-from ..reference import head, parts, vit
-from .known import Rebuilt, Swap, around
-from .torch_nn import decline_head_dim, never
+from .known import FEATURES, Declined, Offer, Rebuilt, of_images, of_tokens
+from .torch_nn import decline_activation, decline_head_dim
 
 
 class FusedReferencePatchEmbed(layers.FusedPatchEmbed, Rebuilt):
@@ -109,22 +107,24 @@ def _decline_attention(module: Any) -> str | None:
     return decline_head_dim(module.head_dim)
 
 
-@functools.cache
-def swaps() -> dict[type[nn.Module], Swap]:
-    """Replaceable classes of the reference model."""
-    return {
-        parts.PatchEmbed: Swap(around(FusedReferencePatchEmbed, parts.PatchEmbed), never),
-        parts.Attention: Swap(around(FusedReferenceAttention, parts.Attention), _decline_attention),
-        parts.Mlp: Swap(around(FusedReferenceMlp, parts.Mlp), never),
-        parts.Block: Swap(around(FusedReferenceBlock, parts.Block), never),
-        vit.VisionTransformer: Swap(around(FusedReferenceVisionTransformer, vit.VisionTransformer), never),
-    }
+def _patch(module: Any) -> Any:
+    return getattr(module, "patch_embed", module).patch_size
 
 
-@functools.cache
-def declined() -> dict[type[nn.Module], tuple[str, str]]:
-    """Classes of the reference model that are known and left alone."""
-    return {
-        parts.GluMlp: ("mlp", "gated MLP: no kernel has its gate in an epilogue"),
-        head.AttentionPool: ("attention", "attention pooling has one query and is not worth a kernel"),
-    }
+OFFERS = (
+    Offer("PatchEmbed", "patch_embed", (FusedReferencePatchEmbed,), "proj patch_size", of_images(_patch)),
+    Offer("Attention", "attention", (FusedReferenceAttention,), "qkv proj head_dim", (of_tokens,), _decline_attention),
+    Offer("Mlp", "mlp", (FusedReferenceMlp,), "fc1 act fc2", (of_tokens,), lambda m: decline_activation(m.act)),
+    Offer("Block", "block", (FusedReferenceBlock,), "norm1 attn norm2 mlp", (of_tokens,)),
+    Offer(
+        "VisionTransformer",
+        "model",
+        (FusedReferenceVisionTransformer,),
+        "patch_embed blocks norm",
+        of_images(_patch, also=FEATURES),
+    ),
+)
+DECLINED = (
+    Declined("GluMlp", "mlp", "gated MLP: no kernel has its gate in an epilogue"),
+    Declined("AttentionPool", "attention", "attention pooling has one query and is not worth a kernel"),
+)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import kernels, layers
-from .known import Rebuilt, Swap, around
+from .known import Call, Declined, Offer, Rebuilt, of_rows, of_tokens
 
 
 class FusedLayerNorm(layers.FusedLayerNorm, Rebuilt):
@@ -32,7 +31,7 @@ class FusedMultiheadAttention(layers.FusedAttention, Rebuilt):
     @property
     def scale(self) -> float:  # type: ignore[override]
         """Of the scores."""
-        return self.head_dim**-0.5
+        return (self.in_proj_weight.shape[0] // (3 * self.num_heads)) ** -0.5
 
     def why_dropout(self, notes: list[str]) -> str:
         """Why dropout has the original run."""
@@ -146,7 +145,7 @@ def _decline_attention(module: Any) -> str | None:
         return "separate weights for q, k and v"
     if module.bias_k is not None or module.add_zero_attn:
         return "adds a key and a value of its own (add_bias_kv, add_zero_attn)"
-    return decline_head_dim(module.head_dim)
+    return decline_head_dim(module.embed_dim // module.num_heads)
 
 
 def _is_mlp(module: Any) -> bool:
@@ -161,22 +160,36 @@ def decline_head_dim(width: int) -> str | None:
     return None if width <= kernels.MAX_HEAD_DIM else f"head dim {width}; the kernel takes up to {kernels.MAX_HEAD_DIM}"
 
 
-def never(module: nn.Module) -> None:
-    """No reason to decline."""
-    return None
+def decline_activation(act: Any) -> str | None:
+    """Why an MLP must stay whose activation is in no kernel's epilogue."""
+    if layers.epilogue(act) is not None:
+        return None
+    return f"activation {getattr(act, '__name__', type(act).__name__)} is in no epilogue"
 
 
-@functools.cache
-def swaps() -> dict[type[nn.Module], Swap]:
-    """Replaceable classes of torch.nn."""
-    return {
-        nn.LayerNorm: Swap(around(FusedLayerNorm, nn.LayerNorm), decline_layer_norm),
-        nn.MultiheadAttention: Swap(around(FusedMultiheadAttention, nn.MultiheadAttention), _decline_attention),
-        nn.Sequential: Swap(around(FusedSequential, nn.Sequential), never, _is_mlp),
-    }
+def of_norm(module: Any) -> list[Call]:
+    """Rows of a LayerNorm."""
+    return of_rows(module.normalized_shape[-1])
 
 
-@functools.cache
-def declined() -> dict[type[nn.Module], tuple[str, str]]:
-    """Classes of torch.nn that are known and left alone."""
-    return {}
+def _of_attention(module: Any) -> list[Call]:
+    calls = []
+    for call in of_tokens(module):
+        x = call.args[0] if module.batch_first else call.args[0].transpose(0, 1)
+        calls.append(Call((x, x, x), {"need_weights": False}, backward=call.backward))
+    return calls
+
+
+OFFERS = (
+    Offer("LayerNorm", "layer_norm", (FusedLayerNorm,), "normalized_shape eps", (of_norm,), decline_layer_norm),
+    Offer(
+        "MultiheadAttention",
+        "attention",
+        (FusedMultiheadAttention,),
+        "in_proj_weight out_proj num_heads",
+        (_of_attention,),
+        _decline_attention,
+    ),
+    Offer("Sequential", "mlp", (FusedSequential,), "", (of_tokens,), concerns=_is_mlp),
+)
+DECLINED: tuple[Declined, ...] = ()

@@ -4,7 +4,7 @@
 """
 
 from .attention import AttentionPlan, FusedAttention, FusedSplitAttention, joined
-from .base import KINDS, FusedLayer, FusedLayerNorm, Plan, leaf_or_original, original_of
+from .base import KINDS, FusedLayer, FusedLayerNorm, Plan, original_of, own_forwards
 from .block import BlockPlan, FusedBlock
 from .guards import (
     IDENTITY,
@@ -61,9 +61,9 @@ __all__ = [
     "is_plain",
     "joined",
     "kept",
-    "leaf_or_original",
     "linear",
     "original_of",
+    "own_forwards",
     "overridden",
     "plain",
     "position_table",

@@ -38,7 +38,7 @@ class _Takes:
 
 # of "sdpa" nothing stands here: torch says itself what it does not take
 _TAKES = {
-    "triton": _Takes(("cuda", "cpu") if kernels.INTERPRET else ("cuda",), KERNEL_DTYPES, kernels.MAX_HEAD_DIM),
+    "triton": _Takes(("cuda", "cpu") if kernels.interprets() else ("cuda",), KERNEL_DTYPES, kernels.MAX_HEAD_DIM),
     "flash_attn": _Takes(("cuda",), (torch.float16, torch.bfloat16), 256, multiple=8, bias=False),
     "xformers": _Takes(("cuda",), KERNEL_DTYPES),
 }

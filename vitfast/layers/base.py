@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..watch import PLAN, Watch
-from .guards import call_leaf, foreign, symbolic, takes, why_not_on
+from .guards import foreign, takes, why_not_on
 
 KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail")
 
@@ -51,6 +51,7 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     Attributes:
         kind: one of `KINDS`, or "model".
         replaces: the class in whose place it stands.
+        forwards: `own_forwards` of that class when it was proved.
         tf32: lets fp32 products run in tf32 on CUDA (precision "tf32").
         attention_backend: who computes attention, one of `vitfast.layers.backends.BACKENDS`.
         frozen: weights stay as they are, so what is derived from them may be kept (`accelerate(frozen=True)`).
@@ -58,6 +59,7 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     kind: ClassVar[str]
     replaces: ClassVar[type[nn.Module]]
+    forwards: ClassVar[tuple[Any, ...]]
     tf32: bool = False
     attention_backend: str = "auto"
     frozen: bool = False
@@ -124,10 +126,6 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         self.forget()
         return super()._apply(fn, recurse)
 
-    def _get_name(self) -> str:
-        # the class has the original's name, by which tools look for it
-        return f"Fused{type(self).__name__}"
-
     def __prepare_scriptable__(self) -> nn.Module:
         """The module for `torch.jit.script`, which compiles the original's code."""
         return as_original(self)
@@ -182,12 +180,17 @@ class FusedLayerNorm(FusedLayer):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+def own_forwards(kind: type) -> tuple[Any, ...]:
+    """The `forward` of a class and of each that it is made of."""
+    return tuple(vars(base).get("forward") for base in kind.__mro__)
+
+
 def original_of(module: nn.Module) -> str:
-    """Why a module's own tensors keep the kernels from it."""
-    held = foreign(module)
-    return f"holds a {held}" if held else ""
-
-
-def leaf_or_original(module: Any, original: Any, x: Any, *args: Any) -> Any:
-    """The original of a module of torch, which `torch.fx` records as one step."""
-    return call_leaf(module, x, *args) if symbolic(x) else original(x, *args)
+    """Why a module's own tensors, or its class, keep the kernels from it."""
+    if held := foreign(module):
+        return f"holds a {held}"
+    if not torch.compiler.is_compiling():
+        kind: Any = type(module)
+        if own_forwards(kind.replaces) != kind.forwards:
+            return f"the forward of {kind.replaces.__name__} was replaced"
+    return ""

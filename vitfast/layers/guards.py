@@ -95,7 +95,7 @@ def takes(x: Any) -> bool:
 def why_not_on(device: torch.device, dtype: torch.dtype) -> str:
     """Why no kernel computes in a dtype on a device; empty where one does."""
     kind = device.type
-    if kind == "cpu" and not (dtype is torch.float64 and kernels.INTERPRET):
+    if kind == "cpu" and not (dtype is torch.float64 and kernels.interprets()):
         return ""
     if kind == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
@@ -191,7 +191,7 @@ def add_residual(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Te
 def deriving(x: Tensor) -> bool:
     """Whether a layer may read, for these tokens, what was derived from frozen weights: in inference, on a GPU."""
     return (
-        (x.is_cuda or kernels.INTERPRET)
+        (x.is_cuda or kernels.interprets())
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
     )

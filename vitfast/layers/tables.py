@@ -19,7 +19,7 @@ def by_columns(table: Tensor) -> Tensor:
     Neighbouring keys read neighbouring rows: of a table by rows each from a sector of memory of its own. It is a
     copy of a few KB; on a CPU nothing gains by it.
     """
-    return table.t().contiguous().t() if table.is_cuda or kernels.INTERPRET else table
+    return table.t().contiguous().t() if table.is_cuda or kernels.interprets() else table
 
 
 def position_table(mlp: Any, coords: Tensor) -> Tensor:
@@ -44,4 +44,4 @@ def why_uncut(backend: str) -> str:
 
 def windows_pay(x: Tensor) -> bool:
     """Whether windows are cut by the kernel: in inference on a CPU a library's own calls are a little faster."""
-    return x.is_cuda or kernels.INTERPRET or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return x.is_cuda or kernels.interprets() or torch.is_grad_enabled() or torch.compiler.is_compiling()

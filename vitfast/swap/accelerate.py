@@ -15,7 +15,7 @@ from ..layers import KINDS, FusedBlock, FusedLayer, FusedModel, FusedPatchEmbed,
 from ..watch import STATE
 from .cast import cast, uncast
 from .choose import Choice, select
-from .match import check_model, matches, offloaded, serves
+from .match import check_model, disproved, matches, offloaded, serves
 from .precision import Precision, get_precision
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -116,6 +116,10 @@ def accelerate(
     if policy and offloaded(model):
         raise ValueError(f"precision={policy.name!r}, but weights are offloaded; load the model in {policy.dtype}")
 
+    for module in model.modules():
+        # its class was changed, or an option: what a further call finds is what holds now
+        if "replaces" in vars(type(module)) and disproved(module):  # type: ignore[arg-type]
+            module.__class__ = type(module).replaces  # type: ignore[attr-defined]
     found = [(name, module, m) for name, module, m in matches(model) if selected.intersection(serves(m))]
     if strict:
         refused = [

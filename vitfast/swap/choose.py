@@ -31,8 +31,6 @@ BUDGET_S = 10.0
 """Seconds for all of it; what must run at least once may exceed it on a slow machine."""
 
 
-
-
 def select(
     model: nn.Module,
     example: Tensor,

@@ -1,18 +1,38 @@
-"""Which modules of a model can be replaced."""
+"""Which modules of a model can be replaced, and which look as if they should be."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from ..adapters import Match, match
+from ..adapters import Match, match, proved
+from ..adapters.alike import alike, innermost
 from ..layers import FusedLayer, FusedModel
 
 
 def matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
-    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, FusedLayer)]
-    found = ((name, module, matched(module)) for name, module in modules)
-    return [(name, module, m) for name, module, m in found if m is not None]
+    """By name, what can be done with each module that is not replaced, where it is of interest; in the model's order."""
+    found: dict[str, Match] = {}
+    looks: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    covered: tuple[str, ...] = ()
+    with proved.at_once():
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            matched_here = None if isinstance(module, FusedLayer) else matched(module)
+            fused = type(module) if isinstance(module, FusedLayer) else matched_here and matched_here.fused
+            if fused is not None:
+                # what a fused layer computes without a fused layer in the place of its own
+                covered += tuple(f"{name}.{inner}" if name else inner for inner in getattr(fused, "covers", ()))
+            if matched_here is not None:
+                found[name] = matched_here
+            if isinstance(module, FusedLayer) or matched_here is not None:
+                taken[name] = module.kind if isinstance(module, FusedLayer) else matched_here.kind  # type: ignore[union-attr]
+            elif name not in covered and (kind := alike(module)) is not None:
+                looks[name] = kind
+    for name, kind in innermost(looks, taken).items():
+        found[name] = Match(kind, None, f"no fused layer is offered for {type(modules[name]).__name__}")
+    return [(name, module, found[name]) for name, module in modules.items() if name in found]
 
 
 def matched(module: nn.Module) -> Match | None:
@@ -28,6 +48,12 @@ def matched(module: nn.Module) -> Match | None:
     return found
 
 
+def disproved(module: FusedLayer) -> str | None:
+    """Why a fused module does not compute any more what its original would, whose class or options changed, or None."""
+    found = match(module)
+    return found.reason if found is not None and found.disproved else None
+
+
 def offloaded(model: nn.Module) -> bool:
     """Whether Hugging Face's accelerate keeps weights elsewhere and lends them to each module for its forward."""
     return any(
@@ -37,6 +63,7 @@ def offloaded(model: nn.Module) -> bool:
 
 
 def check_model(model: nn.Module) -> None:
+    """Raise `TypeError` unless this is a model whose modules can be exchanged."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

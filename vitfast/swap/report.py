@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..adapters import proved
+from ..adapters.known import mixin_name
 from ..layers import FusedLayer, overridden
 from ..watch import STATE
 from .choices_file import Figure
-from .match import check_model, matched
+from .match import check_model, disproved, matches
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Row:
         module: its name in the model, "" for the model itself.
         kind: of replacement, one of `vitfast.layers.KINDS`.
         original: name of the class that the library made.
-        fused: name of the class in its place, or None.
+        fused: name of the fused layer in its place, or None.
         note: why it is not replaced; for a replaced module what it still leaves to the original's modules, if anything.
     """
 
@@ -36,7 +38,7 @@ class Report:
     """What is replaced in a model, and why the rest is not. `str()` gives a table.
 
     Attributes:
-        rows: one per module that is replaced, could be, or does a replaceable module's work, in the model's order.
+        rows: one per module that is replaced, could be, or looks like what is replaced, in the model's order.
         precision: name of the policy the model was cast to, or None.
         measured: what `accelerate(example=...)` measured, decision by decision; empty without it.
         graphs: of `accelerate(cuda_graph=...)`: what is captured, and why the rest is not, in a sentence each.
@@ -97,14 +99,20 @@ def report(model: nn.Module) -> Report:
         TypeError: `model` is no `torch.nn.Module`.
     """
     check_model(model)
+    left = {name: found for name, _, found in matches(model)}
     rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, FusedLayer):
-            note = "; ".join(overridden(module) + module.limits())
-            rows.append(Row(name, module.kind, module.replaces.__name__, type(module).__name__, note))
-        elif (found := matched(module)) is not None:
-            note = found.reason or "could be replaced, is not switched on"
-            rows.append(Row(name, found.kind, type(module).__name__, None, note))
+    with proved.at_once():
+        for name, module in model.named_modules():
+            if isinstance(module, FusedLayer):
+                original = module.replaces.__name__
+                if why := disproved(module):
+                    rows.append(Row(name, module.kind, original, None, f"changed since it was replaced: {why}"))
+                    continue
+                note = "; ".join(overridden(module) + module.limits())
+                rows.append(Row(name, module.kind, original, mixin_name(type(module)), note))
+            elif (found := left.get(name)) is not None:
+                note = found.reason or "could be replaced, is not switched on"
+                rows.append(Row(name, found.kind, type(module).__name__, None, note))
     state = vars(model).get(STATE)
     precision = state.precision.name if state and state.precision else None
     measured = state.choice.figures if state and state.choice else ()

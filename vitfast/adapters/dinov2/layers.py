@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import layers
-from ..known import Rebuilt
+from ..known import Rebuilt, asked, pair
 
 
 class DinoPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
@@ -29,6 +29,21 @@ class DinoPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
         return tokens.unflatten(1, (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]))
 
 
+class CopiedPatchEmbed(layers.FusedPatchEmbed, Rebuilt):
+    """`PatchEmbed` of MAE, BEiT and others: a convolution, flat, and nothing behind it."""
+
+    def embeds(self, pixels: Tensor) -> bool:
+        """Whether the kernel computes what the original would; other sizes than its own it may refuse."""
+        own = getattr(self, "img_size", None)
+        return super().embeds(pixels) and (own is None or tuple(pixels.shape[2:]) == pair(own))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[B, C, H, W]` to `[B, N, D]`."""
+        if asked(args, kwargs) or not self.embeds(x):
+            return super().forward(x, *args, **kwargs)
+        return self.tokens(x)
+
+
 class DinoAttention(layers.FusedAttention, Rebuilt):
     """`Attention`, and `MemEffAttention`, whose bias is that of nested tensors."""
 
@@ -36,8 +51,7 @@ class DinoAttention(layers.FusedAttention, Rebuilt):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; biased and causal attention is the original's."""
-        asked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        plan = None if asked else self.plan_for(x)
+        plan = None if asked(args, kwargs) else self.plan_for(x)
         return super().forward(x, *args, **kwargs) if plan is None else self.fused(x, plan)
 
 
@@ -58,6 +72,17 @@ class DinoMlp(layers.FusedMlp, Rebuilt):
     """`Mlp`: one dropout in both places."""
 
     drop1 = drop2 = layers.alias("drop")
+
+
+class LateDropMlp(layers.FusedMlp, Rebuilt):
+    """`Mlp` of MAE's and BEiT's kind: one dropout, behind the second layer alone."""
+
+    drop1 = layers.IDENTITY
+    drop2 = layers.alias("drop")
+
+
+class CopiedMlp(layers.FusedMlp, Rebuilt):
+    """timm's `Mlp`, without a norm."""
 
 
 class DinoBlock(layers.FusedBlock, Rebuilt):
@@ -83,6 +108,18 @@ class DinoBlock(layers.FusedBlock, Rebuilt):
         """`[B, N, D]` to `[B, N, D]`; dropped branches and nested tensors are the original's."""
         plan = self.plan_for(x)
         return super().forward(x) if plan is None else self.fused(x, plan)
+
+
+class CopiedBlock(layers.FusedBlock, Rebuilt):
+    """`Block` of MAE's kind: one `drop_path` for both branches, no LayerScale."""
+
+    ls1 = ls2 = layers.IDENTITY
+    drop_path1 = drop_path2 = layers.alias("drop_path")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`."""
+        plan = None if asked(args, kwargs) else self.plan_for(x)
+        return super().forward(x, *args, **kwargs) if plan is None else self.fused(x, plan)
 
 
 class DinoVisionTransformer(layers.FusedModel, Rebuilt):

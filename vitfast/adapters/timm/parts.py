@@ -42,10 +42,25 @@ class FusedTimmMlp(layers.FusedMlp, Rebuilt):
 
     def between(self, hidden: Tensor) -> Tensor:
         """timm's optional norm between the two layers."""
-        return self.norm(hidden)
+        return self.norm(hidden) if "norm" in self._modules else hidden
 
 
-class FusedTimmPartBias(layers.FusedAttention, Rebuilt):
+class Scaled(layers.FusedAttention, Rebuilt):
+    """timm's attention scales by the heads' width where torch's function attends, else by its own attribute."""
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        """Of the scores."""
+        if getattr(self, "fused_attn", False):
+            return (self.proj.in_features // self.num_heads) ** -0.5
+        return vars(self)["scale"]
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        vars(self)["scale"] = value
+
+
+class FusedTimmPartBias(Scaled):
     """q and v have biases beside a qkv layer without: all are one layer."""
 
     q_bias: Any

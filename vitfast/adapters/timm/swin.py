@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ... import kernels, layers
 from ..known import Rebuilt
-from .parts import FusedTimmPartBias
+from .parts import FusedTimmPartBias, Scaled
 
 
-class FusedTimmWindowAttention(layers.FusedAttention, Rebuilt):
+class FusedTimmWindowAttention(Scaled):
     """Attention within windows: of a map where a block asks, of windows that timm has cut where it is called."""
 
     q_norm = k_norm = layers.IDENTITY

@@ -11,26 +11,13 @@ maps `[B, H, W, D]`; their MLPs see them as `[B, H * W, D]`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import timm.layers
-from timm.models import (
-    beit,
-    deit,
-    eva,
-    swin_transformer,
-    swin_transformer_v2,
-    swin_transformer_v2_cr,
-    vision_transformer,
-    vision_transformer_relpos,
-    vision_transformer_sam,
-)
+import torch
 from torch import nn
 
-from ... import layers
-from ..known import Swap, around
-from ..torch_nn import decline_head_dim, decline_layer_norm, never
+from ..known import FEATURES, Call, Declined, Offer, of_images, of_tokens, pair, tokens, width
+from ..torch_nn import decline_activation, decline_head_dim, decline_layer_norm, of_norm
 from .beit_eva import (
     FusedTimmAttentionRope,
     FusedTimmBeitAttention,
@@ -50,94 +37,159 @@ def _decline_norm(module: Any) -> str | None:
 
 
 def _decline_patch_embed(module: Any) -> str | None:
-    if module.dynamic_img_pad:
+    if getattr(module, "dynamic_img_pad", False):
         return "pads images (dynamic_img_pad)"
-    if not module.flatten and module.output_fmt is not timm.layers.Format.NHWC:
-        return f"hands out {module.output_fmt.value}; the kernel NLC or NHWC"
-    return None
+    layout = getattr(module.output_fmt, "value", module.output_fmt)
+    return None if module.flatten or layout == "NHWC" else f"hands out {layout}; the kernel NLC or NHWC"
 
 
 def _decline_attention(module: Any) -> str | None:
-    if module.gate is not None:
+    if getattr(module, "gate", None) is not None:
         return "gated attention"
-    return decline_head_dim(module.head_dim)
-
-
-def _decline_rotary(module: Any) -> str | None:
     if getattr(module, "num_kv_groups", 1) != 1:
         return "grouped-query attention: k and v have fewer heads than q"
-    return _decline_attention(module)
-
-
-def _decline_merged(module: Any) -> str | None:
     return decline_head_dim(module.proj.in_features // module.num_heads)
 
 
 def _decline_mlp(module: Any) -> str | None:
     if not isinstance(module.fc1, nn.Linear):
         return f"fc1 is a {type(module.fc1).__name__}; the kernel replaces nn.Linear"
-    if layers.epilogue(module.act) is None:
-        return f"activation {type(module.act).__name__} is in no epilogue"
-    return None
+    return decline_activation(module.act)
 
 
-@functools.cache
-def swaps() -> dict[type[nn.Module], Swap]:
-    """Replaceable classes of timm."""
-    return {
-        timm.layers.LayerNorm: Swap(around(FusedTimmLayerNorm, timm.layers.LayerNorm), _decline_norm),
-        timm.layers.PatchEmbed: Swap(around(FusedTimmPatchEmbed, timm.layers.PatchEmbed), _decline_patch_embed),
-        timm.layers.Attention: Swap(around(FusedTimmAttention, timm.layers.Attention), _decline_attention),
-        timm.layers.Mlp: Swap(around(FusedTimmMlp, timm.layers.Mlp), _decline_mlp),
-        timm.layers.AttentionRope: Swap(around(FusedTimmAttentionRope, timm.layers.AttentionRope), _decline_rotary),
-        beit.Attention: Swap(around(FusedTimmBeitAttention, beit.Attention), _decline_merged),
-        eva.EvaAttention: Swap(around(FusedTimmEvaAttention, eva.EvaAttention), _decline_rotary),
-        swin_transformer.WindowAttention: Swap(
-            around(FusedTimmWindowAttention, swin_transformer.WindowAttention), _decline_merged
-        ),
-        swin_transformer_v2.WindowAttention: Swap(
-            around(FusedTimmWindowAttentionV2, swin_transformer_v2.WindowAttention), _decline_merged
-        ),
-        vision_transformer.Block: Swap(around(FusedTimmBlock, vision_transformer.Block), never),
-        beit.Block: Swap(around(FusedTimmBeitBlock, beit.Block), never),
-        eva.EvaBlock: Swap(around(FusedTimmEvaBlock, eva.EvaBlock), never),
-        swin_transformer.SwinTransformerBlock: Swap(
-            around(FusedTimmSwinBlock, swin_transformer.SwinTransformerBlock), never
-        ),
-        swin_transformer_v2.SwinTransformerV2Block: Swap(
-            around(FusedTimmSwinV2Block, swin_transformer_v2.SwinTransformerV2Block), never
-        ),
-        vision_transformer.VisionTransformer: Swap(
-            around(FusedTimmVisionTransformer, vision_transformer.VisionTransformer), never
-        ),
-        deit.VisionTransformerDistilled: Swap(
-            around(FusedTimmVisionTransformerDistilled, deit.VisionTransformerDistilled), never
-        ),
-    }
+# examples: blocks are called as the attentions inside them
 
 
-@functools.cache
-def declined() -> dict[type[nn.Module], tuple[str, str]]:
-    """Classes of timm that are known and left alone."""
-    gated = ("mlp", "gated MLP: no kernel has its gate in an epilogue")
-    pooling = ("attention", "attention pooling has one query and is not worth a kernel")
-    other_block = ("block", "not the plain pre-norm block")
-    positions = ("attention", "relative positions from a module: no kernel reads them")
-    stem = ("patch_embed", "convolutional stem: the kernel embeds pixels")
-    return {
-        timm.layers.GluMlp: gated,
-        timm.layers.SwiGLU: gated,
-        timm.layers.DiffAttention: ("attention", "differential attention: two softmaxes, no kernel"),
-        timm.layers.AttentionPoolLatent: pooling,
-        timm.layers.AttentionPoolPrr: pooling,
-        timm.layers.HybridEmbed: stem,
-        timm.layers.HybridEmbedWithSize: stem,
-        eva.EvaBlockPostNorm: other_block,
-        swin_transformer_v2_cr.WindowMultiHeadAttention: positions,
-        vision_transformer_relpos.RelPosAttention: positions,
-        vision_transformer_sam.Attention: positions,
-        vision_transformer.ResPostBlock: other_block,
-        vision_transformer.ParallelScalingBlock: other_block,
-        vision_transformer.DiffParallelScalingBlock: other_block,
-        vision_transformer.ParallelThingsBlock: other_block,
-    }
+def _attention(module: Any) -> Any:
+    return getattr(module, "attn", module)
+
+
+def _of_relative(module: Any) -> list[Call]:
+    """As many tokens as BEiT's table is for, and a bias that blocks share."""
+    attn = _attention(module)
+    size = attn.qkv.weight.shape[1]
+    if attn.relative_position_bias_table is None:
+        count = 10
+    else:
+        count = attn.window_size[0] * attn.window_size[1] + 1
+    shared = torch.randn(attn.num_heads, count, count, dtype=torch.float64)
+    return [
+        Call((tokens(2, count, size),)),
+        Call((tokens(1, count, size),), {"shared_rel_pos_bias": shared}),
+    ]
+
+
+def _of_rotated(module: Any) -> list[Call]:
+    attn = _attention(module)
+    size = width(attn)
+    head = attn.proj.weight.shape[1] // attn.num_heads
+    calls = [Call((tokens(1, 6, size),))]
+    for batch, count in ((2, 7), (1, 43)):
+        # sines and cosines by channel
+        rope = torch.randn(count - attn.num_prefix_tokens, 2 * head, dtype=torch.float64)
+        calls.append(Call((tokens(batch, count, size),), {"rope": rope}))
+    return calls
+
+
+def _of_windows(module: Any) -> list[Call]:
+    rows, cols = pair(module.window_size)
+    size = module.qkv.weight.shape[1]
+    mask = torch.randn(2, rows * cols, rows * cols, dtype=torch.float64)
+    return [Call((tokens(2, rows * cols, size),)), Call((tokens(4, rows * cols, size), mask))]
+
+
+def _of_map(module: Any) -> list[Call]:
+    height, cols = module.input_resolution
+    return [Call((tokens(batch, height, cols, module.attn.qkv.weight.shape[1]),)) for batch in (2, 1)]
+
+
+def _stem(module: Any) -> Any:
+    return getattr(module, "patch_embed", module)
+
+
+def _patch(module: Any) -> Any:
+    return _stem(module).patch_size
+
+
+def _size(module: Any) -> Any:
+    return _stem(module).img_size
+
+
+_PARTS = "qkv attn_drop proj proj_drop num_heads"
+_MODEL = "patch_embed pos_embed blocks norm global_pool"
+_IMAGES = of_images(_patch, _size, FEATURES)
+
+OFFERS = (
+    Offer("LayerNorm", "layer_norm", (FusedTimmLayerNorm,), "_fast_norm", (of_norm,), _decline_norm),
+    Offer(
+        "PatchEmbed",
+        "patch_embed",
+        (FusedTimmPatchEmbed,),
+        "proj norm flatten output_fmt",
+        of_images(_patch, _size),
+        _decline_patch_embed,
+    ),
+    Offer(
+        "Attention",
+        "attention",
+        (FusedTimmBeitAttention,),
+        f"{_PARTS} q_bias relative_position_bias_table",
+        (_of_relative,),
+        _decline_attention,
+    ),
+    Offer(
+        "EvaAttention", "attention", (FusedTimmEvaAttention,), f"{_PARTS} q_bias", (_of_rotated,), _decline_attention
+    ),
+    Offer(
+        "AttentionRope",
+        "attention",
+        (FusedTimmAttentionRope,),
+        f"{_PARTS} q_norm num_prefix_tokens",
+        (_of_rotated,),
+        _decline_attention,
+    ),
+    Offer("Attention", "attention", (FusedTimmAttention,), f"{_PARTS} q_norm", (of_tokens,), _decline_attention),
+    Offer(
+        "WindowAttention",
+        "attention",
+        (FusedTimmWindowAttentionV2,),
+        f"{_PARTS} window_size cpb_mlp",
+        (_of_windows,),
+        _decline_attention,
+    ),
+    Offer(
+        "WindowAttention",
+        "attention",
+        (FusedTimmWindowAttention,),
+        f"{_PARTS} window_size relative_position_bias_table",
+        (_of_windows,),
+        _decline_attention,
+    ),
+    Offer("Mlp", "mlp", (FusedTimmMlp,), "fc1 act drop1 fc2 drop2", (of_tokens,), _decline_mlp),
+    Offer("Block", "block", (FusedTimmBeitBlock,), "norm1 attn gamma_1 norm2 mlp gamma_2", (_of_relative,)),
+    Offer("EvaBlock", "block", (FusedTimmEvaBlock,), "norm1 attn gamma_1 norm2 mlp gamma_2", (_of_rotated,)),
+    Offer("Block", "block", (FusedTimmBlock,), "norm1 attn ls1 norm2 mlp ls2", (of_tokens,)),
+    Offer("SwinTransformerBlock", "block", (FusedTimmSwinBlock,), "norm1 attn norm2 mlp input_resolution", (_of_map,)),
+    Offer(
+        "SwinTransformerV2Block", "block", (FusedTimmSwinV2Block,), "norm1 attn norm2 mlp input_resolution", (_of_map,)
+    ),
+    Offer(
+        "VisionTransformerDistilled", "model", (FusedTimmVisionTransformerDistilled,), f"{_MODEL} dist_token", _IMAGES
+    ),
+    Offer("VisionTransformer", "model", (FusedTimmVisionTransformer,), f"{_MODEL} cls_token", _IMAGES),
+)
+
+_OTHER_BLOCK = "not the plain pre-norm block"
+_POSITIONS = "relative positions from a module: no kernel reads them"
+DECLINED = (
+    Declined("GluMlp|SwiGLU", "mlp", "gated MLP: no kernel has its gate in an epilogue"),
+    Declined("DiffAttention", "attention", "differential attention: two softmaxes, no kernel"),
+    Declined(
+        "AttentionPoolLatent|AttentionPoolPrr", "attention", "attention pooling has one query and is not worth a kernel"
+    ),
+    Declined("HybridEmbed|HybridEmbedWithSize", "patch_embed", "convolutional stem: the kernel embeds pixels"),
+    Declined("EvaBlockPostNorm|ResPostBlock", "block", _OTHER_BLOCK),
+    Declined("ParallelScalingBlock|DiffParallelScalingBlock|ParallelThingsBlock", "block", _OTHER_BLOCK),
+    Declined("WindowMultiHeadAttention|RelPosAttention", "attention", _POSITIONS),
+    Declined("Attention", "attention", _POSITIONS, "use_rel_pos"),
+)

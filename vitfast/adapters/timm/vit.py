@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -10,38 +11,43 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ... import layers
-from ..known import Rebuilt
-from .parts import FusedTimmPatchEmbed
+from ..known import Rebuilt, asked
+from .parts import FusedTimmPatchEmbed, Scaled
 
 
-class FusedTimmAttention(layers.FusedAttention, Rebuilt):
+class FusedTimmAttention(Scaled):
     """`timm.layers.Attention` without a gate."""
 
     def merged(self, out: Tensor) -> Tensor:
         """timm's optional norm of the merged heads."""
-        return self.norm(out)
+        return self.norm(out) if "norm" in self._modules else out
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
-        if plan is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self.fused(x, plan)
+        plan = None if asked(args, kwargs) else self.plan_for(x)
+        return super().forward(x, *args, **kwargs) if plan is None else self.fused(x, plan)
 
 
 class FusedTimmBlock(layers.FusedBlock, Rebuilt):
     """`timm.models.vision_transformer.Block`."""
 
+    # what a block takes and hands on to its attention, by name; versions differ
+    handed: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if original := vars(cls).get("replaces"):
+            taken = list(inspect.signature(original.forward).parameters.values())[2:]
+            cls.handed = {parameter.name: parameter.default for parameter in taken}
+
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention with the keywords that timm's block gives it: hooks see them."""
-        return self.attn(x, **kwargs)
+        return self.attn(x, **self.handed)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
-        if plan is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self.fused(x, plan, attn_mask=None, is_causal=False)
+        plan = None if asked(args, kwargs) else self.plan_for(x)
+        return super().forward(x, *args, **kwargs) if plan is None else self.fused(x, plan)
 
 
 class FusedTimmVisionTransformer(layers.FusedModel, Rebuilt):
@@ -59,17 +65,17 @@ class FusedTimmVisionTransformer(layers.FusedModel, Rebuilt):
         """1 where the class token is the pooled output."""
         return 1 if self.global_pool == "token" and self.attn_pool is None else None
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`."""
-        if attn_mask is not None or is_causal or not layers.takes(x):
-            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        if asked(args, kwargs) or not layers.takes(x):
+            return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
         return self._features(x, None)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, C, H, W]` to logits; the last block computes what the head reads."""
-        prefix = None if attn_mask is not None or is_causal or not layers.takes(x) else self.prefix_length()
+        prefix = None if asked(args, kwargs) or not layers.takes(x) else self.prefix_length()
         if prefix is None or self.grad_checkpointing:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return self.forward_head(self._features(x, prefix))
 
     def _features(self, x: Tensor, prefix: int | None) -> Tensor:

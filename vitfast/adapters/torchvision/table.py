@@ -7,16 +7,12 @@ extractors trace the model with `torch.fx`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
-from torchvision.models import swin_transformer, vision_transformer
-from torchvision.ops.misc import MLP
 
-from ... import layers
-from ..known import Swap, around
-from ..torch_nn import never
+from ..known import Call, Declined, Offer, of_images, of_tokens, pair, tokens
+from ..torch_nn import decline_activation
 from .swin import FusedTorchvisionSwinBlock, FusedTorchvisionWindows, FusedTorchvisionWindowsV2
 from .vit import FusedTorchvisionBlock, FusedTorchvisionMlp, FusedTorchvisionVisionTransformer
 
@@ -27,36 +23,29 @@ def _is_mlp(module: Any) -> bool:
 
 
 def _decline_mlp(module: Any) -> str | None:
-    if not _is_mlp(module):
-        return "has other modules than torchvision puts there"
-    if layers.epilogue(module[1]) is None:
-        return f"activation {type(module[1]).__name__} is in no epilogue"
-    return None
+    return decline_activation(module[1]) if _is_mlp(module) else "has other modules than torchvision puts there"
 
 
-@functools.cache
-def swaps() -> dict[type[nn.Module], Swap]:
-    """Replaceable classes of torchvision."""
-    return {
-        MLP: Swap(around(FusedTorchvisionMlp, MLP), _decline_mlp, _is_mlp),
-        vision_transformer.MLPBlock: Swap(around(FusedTorchvisionMlp, vision_transformer.MLPBlock), _decline_mlp),
-        swin_transformer.ShiftedWindowAttention: Swap(
-            around(FusedTorchvisionWindows, swin_transformer.ShiftedWindowAttention), never
-        ),
-        swin_transformer.ShiftedWindowAttentionV2: Swap(
-            around(FusedTorchvisionWindowsV2, swin_transformer.ShiftedWindowAttentionV2), never
-        ),
-        swin_transformer.SwinTransformerBlock: Swap(
-            around(FusedTorchvisionSwinBlock, swin_transformer.SwinTransformerBlock), never
-        ),
-        vision_transformer.EncoderBlock: Swap(around(FusedTorchvisionBlock, vision_transformer.EncoderBlock), never),
-        vision_transformer.VisionTransformer: Swap(
-            around(FusedTorchvisionVisionTransformer, vision_transformer.VisionTransformer), never
-        ),
-    }
+def _of_map(module: Any) -> list[Call]:
+    """Maps of two windows by three, and one that windows do not divide."""
+    attn = getattr(module, "attn", module)
+    (rows, cols), width = pair(attn.window_size), attn.proj.weight.shape[0]
+    return [Call((tokens(2, 2 * rows, 3 * cols, width),)), Call((tokens(1, 2 * rows + 1, cols, width),))]
 
 
-@functools.cache
-def declined() -> dict[type[nn.Module], tuple[str, str]]:
-    """Classes of torchvision that are known and left alone."""
-    return {swin_transformer.SwinTransformerBlockV2: ("block", "norms between branch and residual: parts are replaced")}
+OFFERS = (
+    Offer("MLP", "mlp", (FusedTorchvisionMlp,), "", (of_tokens,), _decline_mlp, _is_mlp),
+    Offer("MLPBlock", "mlp", (FusedTorchvisionMlp,), "", (of_tokens,), _decline_mlp),
+    Offer("ShiftedWindowAttention", "attention", (FusedTorchvisionWindows,), "qkv proj window_size", (_of_map,)),
+    Offer("ShiftedWindowAttentionV2", "attention", (FusedTorchvisionWindowsV2,), "qkv proj window_size", (_of_map,)),
+    Offer("SwinTransformerBlock", "block", (FusedTorchvisionSwinBlock,), "norm1 attn norm2 mlp", (_of_map,)),
+    Offer("EncoderBlock", "block", (FusedTorchvisionBlock,), "ln_1 self_attention ln_2 mlp", (of_tokens,)),
+    Offer(
+        "VisionTransformer",
+        "model",
+        (FusedTorchvisionVisionTransformer,),
+        "conv_proj class_token encoder heads",
+        of_images(lambda model: model.patch_size, lambda model: model.image_size),
+    ),
+)
+DECLINED = (Declined("SwinTransformerBlockV2", "block", "norms between branch and residual: parts are replaced"),)

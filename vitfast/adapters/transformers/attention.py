@@ -47,6 +47,9 @@ class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
 
     q_norm = k_norm = attn_drop = proj_drop = layers.IDENTITY
     config: Any
+    head_dim: int
+    # as Transformers counts heads, so that some may be cut out
+    num_heads = property(lambda self: self.q_proj.weight.shape[0] // self.head_dim, lambda self, count: None)  # type: ignore[assignment]
     # attribute with the rate of the dropout
     dropout_name = "dropout"
 
@@ -95,7 +98,6 @@ class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
 class ViTAttention(TransformersAttention):
     """`q_proj`, `k_proj`, `v_proj`, `o_proj`."""
 
-    num_heads = layers.alias("num_attention_heads")
     scale = layers.alias("scaling")
     proj = layers.alias("o_proj")
     dropout_name = "attention_dropout"
@@ -122,7 +124,7 @@ class CLIPAttention(TransformersAttention):
 class ViTSelfAttention(TransformersAttention):
     """Version 4, and models that kept its layout: `query`, `key`, `value`; the output projection is the caller's."""
 
-    num_heads = layers.alias("num_attention_heads")
+    head_dim = layers.alias("attention_head_size")
     scale = layers.alias("scaling")
     q_proj = layers.alias("query")
     k_proj = layers.alias("key")

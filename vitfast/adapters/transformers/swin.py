@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import kernels, layers
 from ..known import Rebuilt
-from .attention import IMPLEMENTATIONS, collects, idle
+from .attention import IMPLEMENTATIONS, idle
 
 
 class SwinLayer(layers.FusedBlock, Rebuilt):
@@ -21,6 +21,8 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     drop_path1 = layers.alias("drop_path")
     # the second branch has a dropout where the first has a drop path
     drop_path2 = layers.alias("dropout")
+    # computed here, not by a layer in its place
+    covers = ("attention",)
     window_size: int
     shift_size: int
 
@@ -39,6 +41,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             "" if linears else "; ".join(notes),
             f"attention dropout {rate:g}, in training" if rate else "",
             "" if layers.inactive(self.drop_path1) and layers.inactive(self.dropout) else "dropout is at work",
+            "attn_implementation 'eager' hands out weights" if attn.config._attn_implementation == "eager" else "",
             layers.why_uncut(self.attention_backend),
         ]
         plan = super().make_plan(derive)
@@ -73,7 +76,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             and attn.config._attn_implementation in IMPLEMENTATIONS
             # what hands out weights
             and not kwargs.get("output_attentions")
-            and not (attn.config._attn_implementation == "eager" and (collects("attentions") or layers.hooked(self)))
+            and attn.config._attn_implementation != "eager"
         )
 
     def forward(
@@ -92,7 +95,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
         qkv = kernels.linear(normed, *(plan.attn.packed if frozen else self._packed()), tf32=self.tf32)
         out = kernels.window_attention(
             qkv.unflatten(1, tuple(input_dimensions)),
-            attn.num_attention_heads,
+            attn.q_proj.weight.shape[0] // attn.head_dim,
             (self.window_size,) * 2,
             (int(self.shift_size),) * 2,
             plan.attn.table if frozen else self._table(),
