@@ -268,6 +268,14 @@ def test_only_and_models_without_classes() -> None:
     assert "top-1" not in str(found)
 
 
+def test_an_output_of_zeros_says_that_it_proves_nothing() -> None:
+    # the head of a new model
+    found = parity(vitfast.create_model("vit_test").eval(), torch.randn(1, 3, 32, 32))
+    assert found.ok
+    assert "output: zero whatever the modules do" in str(found)
+    assert "top-1" not in str(found)
+
+
 def test_nothing_to_replace_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing in this Linear can be replaced"):
         parity(nn.Linear(4, 4), torch.randn(2, 4))

@@ -108,8 +108,12 @@ class Parity:
         ]
         rows.append(("output", "", "", *_cells(self.output), "(model)"))
         lines = [text_table(("kind", "original", *numbers, "rule", "worst at"), rows, right=range(2, 8))]
-        lines.append(f"output: cosine similarity with float64 {self.output.cosine:.9f}")
-        if self.top1 is not None:
+        if self.output.truth_rms == 0.0:
+            # such as a new model's, whose head is zero
+            lines.append("output: zero whatever the modules do, so that their rows alone prove something")
+        else:
+            lines.append(f"output: cosine similarity with float64 {self.output.cosine:.9f}")
+        if self.top1 is not None and self.output.truth_rms > 0.0:
             lines.append(
                 f"top-1: {self.top1.accelerated} of {self.top1.images} as in float64 "
                 f"(plain model: {self.top1.plain}), {self.top1.equal} of {self.top1.images} as in the plain model"
