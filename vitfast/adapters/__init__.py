@@ -2,7 +2,7 @@
 
 One file per library. Each has `OFFERS`, fused layers by the names of the classes that they may stand for, and
 `DECLINED`, classes that do a replaceable module's work but have no fused layer, with the reason. A class counts once
-its own module proved to compute the same (`proved.py`), whatever the library's version and whoever copied or changed it.
+its own module proved to compute the same (`proved.py`), whatever the version and whoever copied or changed it.
 A file is imported when a model holds a class of its library, so nothing here imports a library that the user has not.
 """
 

@@ -11,7 +11,7 @@ from ..layers import FusedLayer, FusedModel
 
 
 def matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
-    """By name, what can be done with each module that is not replaced, where it is of interest; in the model's order."""
+    """What can be done with each module that is not replaced and is of interest, by name, in the model's order."""
     found: dict[str, Match] = {}
     looks: dict[str, str] = {}
     taken: dict[str, str] = {}
