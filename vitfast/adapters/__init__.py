@@ -39,6 +39,9 @@ def match(module: nn.Module) -> Match | None:
         if not offer.takes(module):
             continue
         reason = "; ".join(overridden(module)) or offer.decline(module)
+        if hasattr(module, "parametrizations"):
+            # torch makes a class for each such object, and takes that apart again
+            reason = "is parametrised"
         if reason:
             return Match(offer.kind, None, reason)
         for mixin in offer.mixins:

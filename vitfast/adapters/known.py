@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..layers import own_forwards
 
@@ -167,6 +168,11 @@ def _rebuild(mixin: type[nn.Module], original: type[nn.Module]) -> Any:
 def asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a caller gives more than arguments that mean nothing: masks that are None, switches that are off."""
     return any(value is not None and value is not False for value in (*args, *kwargs.values()))
+
+
+def without_proxies(more: Any) -> Any:
+    """Further arguments; where `torch.fx` traces a root it puts a proxy in their place, and there are none."""
+    return () if isinstance(more, Proxy) and "**" not in more.node.target else {} if isinstance(more, Proxy) else more
 
 
 def stray_arguments(mixin: type[Any], original: type[nn.Module]) -> list[str]:

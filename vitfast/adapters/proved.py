@@ -1,11 +1,11 @@
-"""A class counts when it is proved: a module, plain and fused, gives the same on a small example, and so do its gradients.
+"""A class counts when it is proved: a module, plain and fused, gives the same outputs and gradients on an example.
 
 The proof runs on a twin: the module's own classes, structure, options and shapes, with random parameters in float64 on
 the CPU, without hooks. It is run in evaluation and in training, with every dropout off and with every dropout on (both
 see the same random numbers), for all calls of the example. The twin's fused layers compute by the kernels' references.
 
 What is found is kept under everything that decides it: the functions of the module's classes and the helpers that these
-mention, the options that they read, shapes, and the fused layer. So layers that differ in nothing of that share a proof,
+mention, options that they read, shapes, and the fused layer. So layers that do not differ in these share a proof,
 and a function that somebody exchanges later asks for another.
 """
 

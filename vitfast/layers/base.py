@@ -134,9 +134,10 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         """What this layer leaves to the original's modules at present, one sentence each."""
         plan = self.make_plan()
         elsewhere = {why for p in self._parameters.values() if p is not None if (why := why_not_on(p.device, p.dtype))}
-        return [f"{why}: the original forward runs" for why in (*sorted(elsewhere), plan.original) if why] + [
-            *plan.notes
-        ]
+        found = [f"{why}: the original forward runs" for why in (*sorted(elsewhere), plan.original) if why]
+        if self.frozen and _unwatchable(self):
+            found.append("weights are inference tensors or others that hide their changes: nothing is derived")
+        return [*found, *plan.notes]
 
 
 def _unwatchable(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .base import FusedLayer, original_of
-from .guards import add_residual, compute_linear, linear, plain
+from .guards import add_residual, compute_linear, hooked, linear, plain
 from .known import epilogue, inactive
 
 
@@ -57,10 +57,10 @@ class FusedMlp(FusedLayer):
         if original := self.why_original():
             return MlpPlan(original, (), None, False, True, True)
         notes: list[str] = []
+        plain_in, plain_out = linear("fc1", self.fc1, notes), linear("fc2", self.fc2, notes)
         activation = epilogue(self.act)
         if activation is None:
-            plain("act", self.act, nn.GELU, notes)
-        plain_in, plain_out = linear("fc1", self.fc1, notes), linear("fc2", self.fc2, notes)
+            plain("act", self.act, type(self.act) if hooked(self.act) else nn.GELU, notes)
         return MlpPlan(
             "",
             tuple(notes),

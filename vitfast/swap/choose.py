@@ -1,6 +1,6 @@
 """Do no harm: what of `accelerate` wins on this device, for this model and these images, measured in the model.
 
-    choice = select(model, images, kinds, precision="bf16")
+    choice = select(model, images, kinds, swap=accelerate, precision="bf16")
 
 First the kinds of replacement: the model without each of them is timed against the model with all, interleaved, and a
 kind without which the model is faster by more than the spread is left out. Then, on a GPU, the route of every GEMM and
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..clock.timing import sample_ms, time_interleaved
 from ..kernels import INTERPRET, _config
 from ..kernels._config import Key, has_library
 from .choices_file import Choice, Figure, choices_path, digest, read_choices, write_choice
@@ -36,6 +37,7 @@ def select(
     example: Tensor,
     kinds: Collection[str],
     *,
+    swap: Callable[..., nn.Module],
     precision: str | None,
     cuda_graph: bool | int = False,
     attention: str = "auto",
@@ -47,6 +49,7 @@ def select(
         model: not accelerated; it stays as it is.
         example: pixels of the batch that matters, on the model's device.
         kinds: to choose from.
+        swap: `accelerate`, which this is a part of.
         precision: as `accelerate` takes it.
         cuda_graph: as `accelerate` takes it; with it every candidate is timed as a graph, the plain model too.
         attention: as `accelerate` takes it; with another than "auto" it has no route to choose.
@@ -65,7 +68,7 @@ def select(
     path = choices_path(example.device)
     if (known := read_choices(path).get(key)) is not None:
         return Choice(tuple(known["kinds"]), known["library"], tuple(Figure(**figure) for figure in known["figures"]))
-    choice = _measure(model, example, tuple(kinds), precision, cuda_graph, attention, budget_s)
+    choice = _measure(model, example, tuple(kinds), swap, precision, cuda_graph, attention, budget_s)
     write_choice(path, key, choice)
     return choice
 
@@ -74,18 +77,16 @@ def _measure(
     model: nn.Module,
     example: Tensor,
     kinds: tuple[str, ...],
+    swap: Callable[..., nn.Module],
     precision: str | None,
     cuda_graph: bool | int,
     attention: str,
     budget_s: float,
 ) -> Choice:
-    from ..clock.timing import sample_ms, time_interleaved
-    from .accelerate import accelerate
-
     begin = time.monotonic()
     device = example.device
     # cast and put to inference once; every candidate is a tree of modules of its own around these tensors
-    base = accelerate(copy.deepcopy(model), precision=precision, only=()).eval()
+    base = swap(copy.deepcopy(model), precision=precision, only=()).eval()
     weight = next((p for p in base.parameters() if p.is_floating_point()), None)
     if weight is not None and example.is_floating_point():
         example = example.to(weight.dtype)
@@ -93,7 +94,8 @@ def _measure(
     def with_kinds(selected: Collection[str]) -> Callable[[int], Any]:
         twin = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
         if selected or cuda_graph:
-            accelerate(twin, only=selected, precision=precision, cuda_graph=cuda_graph, attention=attention)
+            options = {"precision": precision, "cuda_graph": cuda_graph, "attention": attention}
+            swap(twin, only=selected, frozen=True, **options)
 
         def run(i: int) -> Any:
             with torch.inference_mode():

@@ -43,6 +43,7 @@ class Report:
         measured: what `accelerate(example=...)` measured, decision by decision; empty without it.
         graphs: of `accelerate(cuda_graph=...)`: what is captured, and why the rest is not, in a sentence each.
         attention: the backend that `accelerate(attention=...)` chose.
+        frozen: weights are promised to stay, so that what is derived from them is kept.
     """
 
     rows: tuple[Row, ...]
@@ -50,6 +51,7 @@ class Report:
     measured: tuple[Figure, ...] = ()
     graphs: tuple[str, ...] = ()
     attention: str = "auto"
+    frozen: bool = False
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -79,7 +81,8 @@ class Report:
         graphs = [f"cuda graphs: {note}" for note in self.graphs]
         precision = f", precision {self.precision}" if self.precision else ""
         attention = f", attention {self.attention}" if self.attention != "auto" else ""
-        return "\n".join([*lines, summary + precision + attention, *figures, *graphs])
+        frozen = ", frozen: after writing weights through .data, call vitfast.refresh(model)" if self.frozen else ""
+        return "\n".join([*lines, summary + precision + attention + frozen, *figures, *graphs])
 
 
 def _collapse(names: list[str]) -> str:
@@ -117,4 +120,5 @@ def report(model: nn.Module) -> Report:
     precision = state.precision.name if state and state.precision else None
     measured = state.choice.figures if state and state.choice else ()
     graphs = tuple(state.graphs.notes()) if state and state.graphs else ()
-    return Report(tuple(rows), precision, measured, graphs, state.attention if state else "auto")
+    attention, frozen = (state.attention, state.frozen) if state else ("auto", False)
+    return Report(tuple(rows), precision, measured, graphs, attention, frozen)

@@ -1,4 +1,4 @@
-"""DINOv2's own classes, and what else projects carry along as copies under their own module paths: timm's, MAE's, BEiT's.
+"""DINOv2's own classes and copies of them, and what MAE, BEiT and others copied from timm.
 
 No package of theirs can be imported here, so a class is offered by its name and by its attributes.
 

@@ -51,8 +51,11 @@ class Scaled(layers.FusedAttention, Rebuilt):
     @property
     def scale(self) -> float:  # type: ignore[override]
         """Of the scores."""
-        if getattr(self, "fused_attn", False):
-            return (self.proj.in_features // self.num_heads) ** -0.5
+        width = getattr(self, "head_dim", None)
+        if width is None and hasattr(self.proj, "in_features"):
+            width = self.proj.in_features // self.num_heads
+        if width is not None and getattr(self, "fused_attn", False):
+            return width**-0.5
         return vars(self)["scale"]
 
     @scale.setter

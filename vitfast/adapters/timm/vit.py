@@ -11,7 +11,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ... import layers
-from ..known import Rebuilt, asked
+from ..known import Rebuilt, asked, without_proxies
 from .parts import FusedTimmPatchEmbed, Scaled
 
 
@@ -24,6 +24,8 @@ class FusedTimmAttention(Scaled):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
+        if layers.symbolic(x):
+            return super().forward(x, *without_proxies(args), **without_proxies(kwargs))
         plan = None if asked(args, kwargs) else self.plan_for(x)
         return super().forward(x, *args, **kwargs) if plan is None else self.fused(x, plan)
 
@@ -46,6 +48,8 @@ class FusedTimmBlock(layers.FusedBlock, Rebuilt):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
+        if layers.symbolic(x):
+            return super().forward(x, *without_proxies(args), **without_proxies(kwargs))
         plan = None if asked(args, kwargs) else self.plan_for(x)
         return super().forward(x, *args, **kwargs) if plan is None else self.fused(x, plan)
 
@@ -67,12 +71,16 @@ class FusedTimmVisionTransformer(layers.FusedModel, Rebuilt):
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, C, H, W]` to `[B, T + N, D]`."""
+        if layers.symbolic(x):
+            return super().forward_features(x, *without_proxies(args), **without_proxies(kwargs))  # type: ignore[misc]
         if asked(args, kwargs) or not layers.takes(x):
             return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
         return self._features(x, None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, C, H, W]` to logits; the last block computes what the head reads."""
+        if layers.symbolic(x):
+            return super().forward(x, *without_proxies(args), **without_proxies(kwargs))  # type: ignore[misc]
         prefix = None if asked(args, kwargs) or not layers.takes(x) else self.prefix_length()
         if prefix is None or self.grad_checkpointing:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
