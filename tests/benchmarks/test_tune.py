@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels._cases import file_of
+from tests.kernels._data import file_of
 from vitfast.benchmarks import measure
 from vitfast.benchmarks.registry import MODELS
 from vitfast.benchmarks.tune import files, search, tune, unpack
