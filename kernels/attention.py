@@ -21,6 +21,7 @@ Milakov and Gimelshein (arXiv 1805.02867), algorithm 3; its tiling Dao et al., "
 algorithm 1.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -269,6 +270,7 @@ def split_head_dim(d: int) -> tuple[int, int]:
     return (2 * main, 0) if tail >= main else (main, tail)
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: int) -> Config:
     """Tiles that hold the scores in registers: BLOCK_M x BLOCK_S fp32 over the warps, at most 128 a thread.
 

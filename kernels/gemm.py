@@ -17,6 +17,7 @@ Source: the order of tiles for L2 reuse is that of Triton's matrix multiplicatio
 merged by Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -285,6 +286,7 @@ class Config:
     library: bool = False
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(
     m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, arch: int, tma: bool, sms: int
 ) -> Config:

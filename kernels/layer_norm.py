@@ -15,6 +15,7 @@ Source: Ba, Kiros, Hinton, "Layer Normalization" (arXiv 1607.06450), equations 3
 "Going deeper with Image Transformers" (arXiv 2103.17239), equation 4.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,7 @@ class Config:
     num_warps: int
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(rows: int, width: int, dtype: torch.dtype, arch: int) -> Config:
     """16 elements per thread: two 16-byte loads in 16-bit, four in fp32, all in flight before the first use.
 

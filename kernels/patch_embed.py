@@ -25,6 +25,7 @@ tokens.
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), equation 1.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,7 @@ class Config:
     num_stages: int
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(patches: int, width: int, k: int, dtype: torch.dtype, arch: int) -> Config:
     """Wide column tiles, since each of them gathers the same pixels again.
 

@@ -31,6 +31,7 @@ Source: Liu et al., "Swin Transformer" (arXiv 2103.14030), equation 4 and sectio
 (arXiv 2111.09883), equation 2; timm's models/swin_transformer.py, `SwinTransformerBlock._attn` and `get_attn_mask`.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -327,6 +328,7 @@ class Config:
     num_stages: int
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(windows: int, n: int, d: int, dtype: torch.dtype, arch: int, sms: int) -> Config:
     """Tiles that hold scores and bias in registers, and as many images a program as leave the device full.
 

@@ -141,7 +141,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
     runtime = {Requirement(r).name for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow", "jinja2"}
+    assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow", "jinja2", "tqdm"}
     entry_points = re.sub(" *= *", " = ", entry_points)
     assert "vitfast = vitfast.cli.main:main" in entry_points
     commands = entry_points.partition("[vitfast.commands]\n")[2].splitlines()

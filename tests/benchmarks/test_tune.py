@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels._cases import file_of
+from tests.kernels._data import file_of
 from vitfast.benchmarks.tune import files, search, tune, unpack
 from vitfast.benchmarks.tune.__main__ import main as unpack_main
 from vitfast.benchmarks.tune.candidates import candidates, refinements

@@ -23,8 +23,8 @@ import triton
 from torch import Tensor
 
 import vitfast.kernels
-from tests.kernels._cases import FILES
 from tests.kernels._compiler import compiling, disassemble, meta
+from tests.kernels._data import FILES
 from vitfast.kernels import _config
 
 TARGET = "sm_90"

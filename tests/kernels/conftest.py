@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels._cases import FILES
+from tests.kernels._data import FILES
 
 
 @pytest.fixture

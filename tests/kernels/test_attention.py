@@ -10,17 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels._cases import (
-    ATTENTION,
-    ATTENTION_LSE,
-    ATTENTION_QKV,
-    RELATIVE_ATTENTION,
-    Case,
-    Lane,
-    across_lanes,
-    check,
-    module,
-)
+from tests.kernels._cases import ATTENTION, ATTENTION_LSE, ATTENTION_QKV, RELATIVE_ATTENTION, Lane, across_lanes, check
+from tests.kernels._data import Case, module
 from vitfast.kernels import INTERPRET, attention, attention_lse, attention_qkv, relative_attention
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")

@@ -15,8 +15,9 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import vitfast.kernels
-from tests.kernels._cases import ATTENTION_QKV, CASES, FILES, OPS, RELATIVE_ATTENTION, WINDOW_ATTENTION, Case
+from tests.kernels._cases import ATTENTION_QKV, CASES, RELATIVE_ATTENTION, WINDOW_ATTENTION
 from tests.kernels._compiler import TARGETS, Compiled, compiling, disassemble, meta
+from tests.kernels._data import FILES, OPS, Case
 from tests.kernels._ranges import overflows
 from vitfast.kernels import _config
 from vitfast.kernels._config import Key

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels._cases import module
+from tests.kernels._data import module
 from vitfast.kernels import _config
 from vitfast.kernels._config import Key
 

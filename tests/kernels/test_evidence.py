@@ -11,8 +11,8 @@ from triton.runtime.jit import JITFunction
 
 import vitfast
 from tests.kernels import _evidence as evidence
-from tests.kernels._cases import FILES
 from tests.kernels._compiler import compiling, meta
+from tests.kernels._data import FILES
 from vitfast.kernels import _config
 
 RECORD = evidence.load()

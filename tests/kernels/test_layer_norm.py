@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels._cases import Case, Lane, across_lanes, check
+from tests.kernels._cases import Lane, across_lanes, check
+from tests.kernels._data import Case
 from vitfast.kernels import INTERPRET, add_layer_norm, layer_norm
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")

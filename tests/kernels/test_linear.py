@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from tests._close import assert_close
-from tests.kernels._cases import LINEAR, Case, Lane, across_lanes, check, module
+from tests.kernels._cases import LINEAR, Lane, across_lanes, check
+from tests.kernels._data import Case, module
 from vitfast.kernels import INTERPRET, linear, linear_ref
 from vitfast.kernels._triton import tl, triton
 

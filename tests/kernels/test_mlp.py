@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels._cases import Case, Lane, across_lanes, check
+from tests.kernels._cases import Lane, across_lanes, check
+from tests.kernels._data import Case
 from vitfast.kernels import INTERPRET, mlp
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests._close import assert_close
-from tests.kernels._cases import Case, Lane, across_lanes, check, module
+from tests.kernels._cases import Lane, across_lanes, check
+from tests.kernels._data import Case, module
 from vitfast.kernels import (
     INTERPRET,
     _derived,

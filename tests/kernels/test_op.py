@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitfast.kernels
-from tests.kernels._cases import CASES, FILES, OPS, Case, forward_backward, module
+from tests.kernels._cases import CASES, forward_backward
+from tests.kernels._data import FILES, OPS, Case, module
 from vitfast.kernels import INTERPRET
 from vitfast.kernels._op import autocast, check_same_dtype, check_shape, check_tensors, dot_precision, kernel_op
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels._cases import PATCH_EMBED, Case, Lane, across_lanes, check, module
+from tests.kernels._cases import PATCH_EMBED, Lane, across_lanes, check
+from tests.kernels._data import Case, module
 from vitfast.kernels import INTERPRET, patch_embed
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")

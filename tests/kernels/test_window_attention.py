@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.kernels._cases import WINDOW_ATTENTION, Case, Lane, across_lanes, check, module
+from tests.kernels._cases import WINDOW_ATTENTION, Lane, across_lanes, check
+from tests.kernels._data import Case, module
 from vitfast.kernels import INTERPRET, window_attention
 
 reference_lane = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the reference on CPU")

@@ -48,7 +48,9 @@ def _decline_attention(module: Any) -> str | None:
         return "gated attention"
     if getattr(module, "num_kv_groups", 1) != 1:
         return "grouped-query attention: k and v have fewer heads than q"
-    return decline_head_dim(module.proj.in_features // module.num_heads)
+    # what stands in the place of a linear layer need not say how wide it is
+    width = getattr(module, "head_dim", None) or getattr(module.proj, "in_features", 0) // module.num_heads
+    return decline_head_dim(width)
 
 
 def _decline_mlp(module: Any) -> str | None:
