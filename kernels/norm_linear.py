@@ -153,9 +153,9 @@ def _check_norm_linear(
     bias: Tensor | None,
     activation: str,
     tf32: bool,
-    folded_weight: Tensor | None,
-    colsum: Tensor | None,
-    folded_bias: Tensor | None,
+    folded_weight: Tensor | None = None,
+    colsum: Tensor | None = None,
+    folded_bias: Tensor | None = None,
 ) -> None:
     check_linear(x, weight, bias, activation, None, None, tf32)
     check_tensors("norm_linear", x=x, stats=stats, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -223,9 +223,9 @@ def _norm_linear(
     bias: Tensor | None,
     activation: str,
     tf32: bool,
-    folded_weight: Tensor | None,
-    colsum: Tensor | None,
-    folded_bias: Tensor | None,
+    folded_weight: Tensor | None = None,
+    colsum: Tensor | None = None,
+    folded_bias: Tensor | None = None,
 ) -> Tensor:
     if folded_weight is None or colsum is None or folded_bias is None:
         ours = fold(weight, bias, norm_weight, norm_bias)

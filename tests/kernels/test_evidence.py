@@ -58,9 +58,10 @@ def test_record_and_page() -> None:
 def test_rows_are_what_the_model_launches(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model = vitfast.create_model("vit_base_patch16_224").eval().to(torch.bfloat16)
-    vitfast.accelerate(model)
-    # it asks for a CUDA tensor
-    monkeypatch.setattr("vitfast.layers.FusedModel._may_fold", lambda self, x: True)
+    vitfast.accelerate(model, frozen=True)
+    # they ask for a CUDA tensor
+    for room in ("block", "model"):
+        monkeypatch.setattr(f"vitfast.layers.{room}.deriving", lambda x: True)
     with compiling(evidence.TARGET, monkeypatch, *FILES), _config.listen() as heard, torch.inference_mode():
         # neither compiled nor run
         monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **arguments: None)

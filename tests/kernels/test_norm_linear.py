@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 from typing import Any
 
 import pytest
@@ -16,13 +14,10 @@ from tests.kernels._cases import Lane, across_lanes, check
 from tests.kernels._data import Case, module
 from vitfast.kernels import (
     INTERPRET,
-    _derived,
     layer_norm,
     linear,
     linear_stats,
     norm_linear,
-    rederive,
-    release,
     row_stats,
 )
 
@@ -123,7 +118,7 @@ def test_folding_is_accurate_in_bf16(height: float) -> None:
     assert folded <= 1.25 * unfolded, (folded, unfolded)
 
 
-# what is derived from the parameters
+# what is made of the parameters
 
 
 def _parameters() -> tuple[nn.Linear, nn.LayerNorm]:
@@ -134,116 +129,45 @@ def _parameters() -> tuple[nn.Linear, nn.LayerNorm]:
     return nn.Linear(72, 16), norm
 
 
-def _folded(lin: nn.Linear, norm: nn.LayerNorm) -> Any:
-    return FILE.folded(lin.weight, lin.bias, norm.weight, norm.bias)
-
-
-def test_derived_once() -> None:
+@pytest.mark.parametrize("norm_weight", [False, True], ids=["no norm weight", "norm weight"])
+@pytest.mark.parametrize("norm_bias", [False, True], ids=["no norm bias", "norm bias"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@torch.no_grad()
+def test_fold(norm_weight: bool, norm_bias: bool, bias: bool) -> None:
     lin, norm = _parameters()
-    first = _folded(lin, norm)
-    torch.testing.assert_close(first.weight, lin.weight * norm.weight)
-    torch.testing.assert_close(first.colsum, first.weight.sum(1))
-    torch.testing.assert_close(first.bias, lin.weight @ norm.bias + lin.bias)
-    assert _folded(lin, norm).weight is first.weight
-    assert not first.weight.requires_grad
+    given = (norm.weight if norm_weight else None, norm.bias if norm_bias else None)
+    made = FILE.fold(lin.weight, lin.bias if bias else None, *given)
+    torch.testing.assert_close(made.weight, lin.weight * norm.weight if norm_weight else lin.weight.clone())
+    torch.testing.assert_close(made.colsum, made.weight.sum(1))
+    shift = (lin.weight @ norm.bias if norm_bias else 0) + (lin.bias if bias else 0) + torch.zeros(16)
+    torch.testing.assert_close(made.bias, shift)
+    # memory of its own, whatever was left out: a parameter is nobody's fold
+    parameters = {p.data_ptr() for p in (*lin.parameters(), *norm.parameters())}
+    assert not parameters & {part.data_ptr() for part in vars(made).values()}
 
 
-@pytest.mark.parametrize("what", ["weight", "bias", "norm weight", "norm bias"])
-@pytest.mark.parametrize("how", ["in place", "optimiser", "load_state_dict", "data"])
-def test_derived_anew_when_a_parameter_changes(what: str, how: str) -> None:
+@pytest.mark.interpret
+def test_folded_before_the_call(poisoned: None) -> None:
     lin, norm = _parameters()
-    first = _folded(lin, norm)
-    addresses = [t.data_ptr() for t in vars(first).values()]
-    module = norm if what.startswith("norm") else lin
-    name = what.split()[-1]
-    parameter = getattr(module, name)
-    if how == "in place":
-        with torch.no_grad():
-            parameter.mul_(2)
-    elif how == "optimiser":
-        parameter.grad = torch.ones_like(parameter)
-        torch.optim.SGD([parameter], lr=0.5).step()
-    elif how == "load_state_dict":
-        module.load_state_dict({key: value + 1 for key, value in module.state_dict().items()})
-    else:
-        parameter.data = parameter.data * 3
-    second = _folded(lin, norm)
-    torch.testing.assert_close(second.weight, lin.weight * norm.weight)
-    torch.testing.assert_close(second.bias, lin.weight @ norm.bias + lin.bias)
-    # where a captured graph reads
-    assert [t.data_ptr() for t in vars(second).values()] == addresses
-
-
-def test_rederive_before_a_replay() -> None:
-    lin, norm = _parameters()
-    ours = _folded(lin, norm)
-    before = ours.weight.clone()
-    rederive()
-    assert torch.equal(ours.weight, before)
+    x = torch.randn(5, 72)
+    made = FILE.fold(lin.weight, lin.bias, norm.weight, norm.bias)
+    arguments = (x, row_stats(x), norm.weight, norm.bias, norm.eps, lin.weight, lin.bias)
     with torch.no_grad():
-        norm.weight.add_(1)
-    rederive()
-    torch.testing.assert_close(ours.weight, lin.weight * norm.weight)
+        torch.testing.assert_close(norm_linear(*arguments, folded=made), norm_linear(*arguments))
+        if INTERPRET:
+            # it is what is read
+            made.weight.zero_()
+            made.bias.fill_(2.0)
+            made.colsum.zero_()
+            torch.testing.assert_close(norm_linear(*arguments, folded=made), torch.full((5, 16), 2.0))
 
 
-def test_released_with_the_weight_or_on_demand() -> None:
+def test_a_fold_of_another_shape_is_refused() -> None:
     lin, norm = _parameters()
-    count = len(_derived._cache)
-    _folded(lin, norm)
-    assert len(_derived._cache) == count + 1
-    release(lin.weight)
-    assert len(_derived._cache) == count
-    _folded(lin, norm)
-    # another parameter, another entry
-    _folded(copy.deepcopy(lin), norm)
-    del lin
-    gc.collect()
-    assert len(_derived._cache) == count
-
-
-def test_made_in_inference_and_again_outside() -> None:
-    lin, norm = _parameters()
-    with torch.inference_mode():
-        first = _folded(lin, norm)
-    with torch.no_grad():
-        norm.weight.mul_(2.0)
-        second = _folded(lin, norm)
-    assert second.weight is first.weight
-    torch.testing.assert_close(second.weight, lin.weight * norm.weight)
-
-
-def test_expired_is_made_anew_in_place() -> None:
-    lin, norm = _parameters()
-    ours = _folded(lin, norm)
-    lin.weight.data.mul_(3.0)
-    _derived.expire(lin.weight)
-    rederive()
-    torch.testing.assert_close(ours.weight, lin.weight * norm.weight)
-
-
-def test_what_nobody_can_ask_for_again_is_dropped() -> None:
-    lin, norm = _parameters()
-    before = _folded(lin, norm).weight.clone()
-    held = _derived._cache[lin.weight]["fold"].made[0]
-    norm.weight = nn.Parameter(torch.ones(72))
-    gc.collect()
-    rederive()
-    assert not _derived._cache[lin.weight]
-    assert torch.equal(held, before)
-
-
-def test_derived_from_what_is_derived() -> None:
-    q, k, norm = nn.Linear(72, 16), nn.Linear(72, 16), nn.LayerNorm(72)
-
-    def packed() -> Tensor:
-        return _derived.derived("pack", lambda *weights: (torch.cat(weights),), q.weight, k.weight)[0]
-
-    ours = FILE.folded(packed(), None, norm.weight, norm.bias)
-    with torch.no_grad():
-        k.weight.mul_(3.0)
-        norm.weight.mul_(2.0)
-    rederive()
-    torch.testing.assert_close(ours.weight, 2.0 * torch.cat([q.weight, k.weight]))
+    x = torch.randn(5, 72)
+    made = FILE.fold(lin.weight[:8], lin.bias[:8], norm.weight, norm.bias)
+    with pytest.raises(ValueError, match=r"folded.weight.*\[8, 72\]; expected \[16, 72\]"):
+        norm_linear(x, row_stats(x), norm.weight, norm.bias, norm.eps, lin.weight, lin.bias, folded=made)
 
 
 @pytest.mark.interpret
