@@ -236,7 +236,7 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
             axes.text(end, place, bar.text, color=LIGHT["soft" if bar.value is None else "ink"], **style)
         axes.set_title(x_label, loc="left", fontsize=8, color=LIGHT["soft"])
         if limit:
-            line = {"color": LIGHT["soft"], "linewidth": 0.8, "dashes": (4, 3), "zorder": 0}
+            line: dict[str, Any] = {"color": LIGHT["soft"], "linewidth": 0.8, "dashes": (4, 3), "zorder": 0}
             axes.plot([limit[0]] * 2, [-0.6, places[-1] + 0.6], **line)
             axes.text(limit[0], places[-1] + 1.1, limit[1], ha="center", va="center", fontsize=7.5, color=LIGHT["soft"])
         return _svg(figure, label)

@@ -6,12 +6,12 @@ wider by chance the fewer the samples are that it is known from. It assumes that
 those of one process are less so than they look, which the next two rules are for.
 
 - Where device and versions are equal, the peers are a control: their code did not change, so how the speed of a
-  workload's peers moved is what the machine does on its own. The median move of its peers, which are drawn anew too, is
-  taken out of each row, and how far peers of one workload move apart, over the whole run, is added as noise.
+  workload's peers moved is what the machine does on its own. The median of their moves, drawn anew too, is taken out of
+  each row, and how far the peers of one workload move apart, over the whole run, is added as noise.
 - At least `FLOOR` is noise whatever the samples say: two processes differ in memory layout and clocks.
 
-A row is slower or faster if the range that holds `LEVEL` of its draws lies beyond `FLOOR`. Without peers nothing tells a
-busy hour from slower code; such a comparison is not `controlled`. The draws are seeded: the same two files give the
+A row is slower or faster if the range that holds `LEVEL` of its draws lies beyond `FLOOR`. Without peers nothing tells
+a busy hour from slower code; such a comparison is not `controlled`. The draws are seeded: the same two files give the
 same verdicts.
 """
 
@@ -187,7 +187,7 @@ def compare(a: Run, b: Run) -> Comparison:
                 peers.setdefault(key[:-1], []).append(key)
     peer_points = {workload: [points[key] for key in keys] for workload, keys in peers.items()}
     apart = _apart(list(peer_points.values()))
-    controls = {workload: _control(np.stack([moves[key] for key in keys]), draw) for workload, keys in peers.items()}
+    controls = {workload: np.median([moves[key] for key in keys], axis=0) for workload, keys in peers.items()}
     pairs = []
     for x, y in both:
         pair = Pair(x, y)
@@ -211,12 +211,6 @@ def _medians(row: Row, draw: np.random.Generator) -> np.ndarray[Any, Any]:
     normal = torch.special.ndtri(share).numpy() / _P80 * np.sqrt((n - 1) / draw.chisquare(n - 1, DRAWS))
     above, below = math.log(row.ms_p80 or row.ms) - middle, middle - math.log(row.ms_p20 or row.ms)
     return middle + normal * np.where(normal > 0, above, below)
-
-
-def _control(peers: np.ndarray[Any, Any], draw: np.random.Generator) -> np.ndarray[Any, Any]:
-    """The median move of a workload's peers, `[peers, DRAWS]`, drawn from them anew."""
-    chosen = draw.integers(len(peers), size=peers.shape)
-    return np.median(np.take_along_axis(peers, chosen, axis=0), axis=0)
 
 
 def _apart(moves: list[list[float]]) -> float:
