@@ -141,7 +141,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
     runtime = {Requirement(r).name for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow"}
+    assert runtime == {"torch", "triton", "numpy", "safetensors", "pillow", "jinja2", "matplotlib", "tqdm"}
     assert "vitfast = vitfast.cli:main" in entry_points.replace("=", " = ").replace("  ", " ")
 
 
