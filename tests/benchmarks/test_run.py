@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import re
@@ -32,7 +31,6 @@ from vitfast.clock import ceilings, machine, timing
 
 CPU = torch.device("cpu")
 MODEL = "vit_tiny_patch16_224"
-TIME_INTERLEAVED = timing.time_interleaved
 
 
 @pytest.fixture(autouse=True)
@@ -295,47 +293,6 @@ def test_unknown_names_are_refused() -> None:
         workloads(("model",), ("vit_nano",), (1,), ("fp32",))
 
 
-def test_candidates_take_turns_and_inputs_rotate() -> None:
-    seen: dict[str, list[int]] = {"a": [], "b": []}
-    order: list[str] = []
-
-    def candidate(name: str) -> timing.Candidate:
-        def call(index: int) -> None:
-            seen[name].append(index)
-            order.append(name)
-
-        return call
-
-    timings = TIME_INTERLEAVED(
-        {name: candidate(name) for name in seen},
-        CPU,
-        budget_s=0.05,
-        min_samples=6,
-        max_samples=6,
-        sample_target_ms=1e-9,
-    )
-    assert {name: t.samples for name, t in timings.items()} == {"a": 6, "b": 6}
-    timed = order[-12:]
-    assert all({timed[i], timed[i + 1]} == {"a", "b"} for i in range(0, 12, 2))
-    # no index comes twice, so no call gets the inputs of the one before
-    assert len(set(seen["a"] + seen["b"])) == len(seen["a"]) + len(seen["b"])
-
-
-def test_a_ceiling_is_the_fastest_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([9.0, 8.0, 3.0, 2.0, 7.0])
-    monkeypatch.setattr(ceilings, "sample_ms", lambda *args: next(times, 4.0))
-    monkeypatch.setattr(ceilings, "CEILING_S", 0.05)
-    assert ceilings._fastest_ms(lambda i: None, CPU) == 2.0
-
-
-def test_every_gemm_of_the_ceiling_is_the_product() -> None:
-    a, b = torch.randn(2, 24, 24).unbind(0)
-    gemms = ceilings._gemms(a, b)
-    assert len(gemms) == 1 + torch.backends.mkldnn.is_available()
-    for gemm in gemms:
-        torch.testing.assert_close(gemm(0), a @ b)
-
-
 class _Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -370,12 +327,6 @@ def test_every_row_of_a_run_is_counted(tmp_path: Path) -> None:
     numbers = [(int(found[1]), int(found[2])) for found in counted if found]
     assert {total for _, total in numbers} == {12}
     assert [n for n, _ in numbers] == sorted(n for n, _ in numbers) and numbers[-1][0] == 12
-
-
-def test_percentiles() -> None:
-    found = timing.summarize([float(i) for i in range(1, 12)], calls=3)
-    assert dataclasses.astuple(found) == (6.0, 3.0, 9.0, 11, 3)
-    assert timing.summarize([4.0], calls=1).p80 == 4.0
 
 
 def test_flops_of_vit_b() -> None:
