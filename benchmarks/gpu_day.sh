@@ -5,9 +5,9 @@
 #
 # Every step has a time limit and a log, saves what it finds as it goes, and takes no other step with it. The exit status
 # is 1 if one failed or was ended at its limit. It runs from a source tree and installs nothing.
-# Options: --python PY (default python3; with torch, triton, pytest, matplotlib and tqdm), --minutes N (for all
-# steps, default 25), --out DIR (default build/gpu-day; `bench` goes on with the rows that are there), --steps a,b (of tests, parity,
-# headline, peers, kernels, tune, profile, rest; default all).
+# Options: --python PY (default python3; with torch, triton, pytest, matplotlib and tqdm), --minutes N (for all steps,
+# default 25), --out DIR (default build/gpu-day; `bench` goes on with the rows that are there), --steps a,b (of tests,
+# parity, headline, peers, kernels, tune, profile, rest; default all).
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -266,22 +265,6 @@ def test_another_run_s_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "environment", lambda device: {"device": "another", "versions": {}})
     with pytest.raises(ValueError, match="holds another run"):
         _run(path, "torch eager")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not a results file"),
-        ("[]", "schema None; this version reads schema 1"),
-        (json.dumps({"schema": 7}), "schema 7; this version reads schema 1"),
-        (json.dumps({"schema": 1, "environment": {}, "ceilings": None, "rows": [{"x": 1}]}), "damaged results file"),
-    ],
-)
-def test_a_file_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load(path)
 
 
 def test_unknown_names_are_refused() -> None:
