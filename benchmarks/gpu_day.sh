@@ -5,9 +5,9 @@
 #
 # Every step has a time limit and a log, saves what it finds as it goes, and takes no other step with it. The exit status
 # is 1 if one failed or was ended at its limit. It runs from a source tree and installs nothing.
-# Options: --python PY (default python3, with torch, triton and pytest), --minutes N (for all steps, default 25),
-# --out DIR (default build/gpu-day; `bench` goes on with the rows that are there), --steps a,b (of tests, parity,
-# headline, kernels, tune, profile, rest; default all).
+# Options: --python PY (default python3; with torch, triton, pytest, matplotlib and tqdm), --minutes N (for all steps,
+# default 25), --out DIR (default build/gpu-day; `bench` goes on with the rows that are there), --steps a,b (of tests,
+# parity, headline, peers, kernels, tune, profile, rest; default all).
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,8 +25,8 @@ while (($#)); do
 done
 if [[ ! $minutes =~ ^[1-9][0-9]*$ ]]; then echo "error: --minutes $minutes; expected a positive integer" >&2; exit 2; fi
 for name in ${steps//,/ }; do
-  if [[ " tests parity headline kernels tune profile rest " != *" $name "* ]]; then
-    echo "error: step $name; expected some of tests,parity,headline,kernels,tune,profile,rest" >&2; exit 2
+  if [[ " tests parity headline peers kernels tune profile rest " != *" $name "* ]]; then
+    echo "error: step $name; expected some of tests,parity,headline,peers,kernels,tune,profile,rest" >&2; exit 2
   fi
 done
 # the steps run in another folder; a virtual environment's python is a link that must stay one
@@ -78,11 +78,13 @@ tests fp32 3 -k 'not float16' tests/kernels
 tests models 3 tests/vitfast
 for model in $B $L; do parity $model bf16; done
 for precision in fp16 fp32 tf32; do parity $B $precision; done
-bench headline 26 --model $B $L --batch 256 1
+# against all peers later: compiling them takes minutes
+bench headline 13 --model $B $L --batch 256 1 --peers "torch eager" "torch compiled" "timm compiled" vitfast
+bench peers 15 --model $B $L --batch 256 1
 bench kernels 12 --layers kernel --model $B $L --batch 256 1
 step tune 18 -m vitfast tune --model $B $L --batch 1 256 --budget "$(($(seconds 18) * 8 / 10 + 1))" --out "$out/configs"
 for batch in 256 1; do step "profile-$batch" 2 -m vitfast.benchmarks.kernel_profile --model $B --batch "$batch"; done
-bench rest 16 --layers model train block end_to_end --batch 256 1
+bench rest 14 --layers model train block end_to_end --batch 256 1
 
 printf '%s\n' '' "${summary[@]}"
 exit "$failed"

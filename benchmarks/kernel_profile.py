@@ -1,6 +1,6 @@
 """Where a block's time goes: every kernel's time beside the least that its work could take.
 
-The work of a kernel is that of the op which launched it: the registry's FLOPs and bytes for these sizes. Its floor is
+The work of a kernel is that of the op which launched it: the workload's FLOPs and bytes for these sizes. Its floor is
 `max(FLOPs / rate, bytes / bandwidth)` by ceilings measured in the same run. What has no floor (a copy, an addition that
 a fused kernel would have done) is a gap as a whole. On CPU the rows are torch's own ops.
 """
@@ -41,7 +41,7 @@ class Line:
     Attributes:
         kernel: its name on the device; on CPU the op's.
         op: the op that launched it.
-        workload: the registry's name of its work, or "" where it has none.
+        workload: name of its work, or "" where it has none.
         launches: in one call of the block or model.
         ms: of all of them.
         share: of the sum of all lines.
@@ -108,7 +108,7 @@ class Profile:
 
 
 def work_of(op: str, shapes: Sequence[Sequence[int]]) -> tuple[Any, ...] | None:
-    """What identifies an op's work among the registry's, from its name and its arguments' shapes; None for others."""
+    """What identifies an op's work among the workloads, from its name and its arguments' shapes; None for others."""
     name = op.partition("::")[2]
     try:
         if name in ("linear", "linear_stats"):

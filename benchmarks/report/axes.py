@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-import matplotlib
-from matplotlib import ticker
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+try:
+    import matplotlib
+    from matplotlib import ticker
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(f'charts need matplotlib: pip install "vitfast[bench]" ({error})') from error
 
 from .rows import number
 
@@ -64,7 +67,7 @@ WIDTH = 4.0
 """Of every chart in inches of 100 pixels."""
 
 _RC = {
-    **{"svg.fonttype": "none", "svg.hashsalt": "vitfast", "font.size": 8.0, "axes.linewidth": 0.7},
+    **{"svg.fonttype": "none", "svg.hashsalt": "vitfast", "font.size": 8.6, "axes.linewidth": 0.7},
     **{"text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["soft"], "axes.edgecolor": LIGHT["soft"]},
     **{"xtick.color": LIGHT["soft"], "ytick.color": LIGHT["soft"], "grid.color": LIGHT["line"]},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none"},
@@ -192,8 +195,8 @@ def line_chart(series: Sequence[Series], *, label: str, x_label: str, y_label: s
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.set_xlabel(x_label)
-        axes.set_title(y_label, loc="left", fontsize=8, color=LIGHT["soft"])
-        figure.legend(loc="outside lower center", ncols=2, fontsize=7, handlelength=3.2)
+        axes.set_title(y_label, loc="left", fontsize=8.6, color=LIGHT["soft"])
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7.8, handlelength=2.6)
         return _svg(figure, label)
 
 
@@ -212,9 +215,9 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
         for before, mine in itertools.pairwise(ours):
             places.append(places[-1] + (1.0 if mine == before else 1.5))
         rows = places[-1] + (2.2 if limit else 1.2)
-        height = 0.25 + 0.18 * rows
-        # a letter takes about 0.062 inches, a bold one 0.07
-        letter = [0.07 if mine else 0.062 for mine in ours]
+        height = 0.25 + 0.19 * rows
+        # a letter takes about 0.068 inches, a bold one 0.077
+        letter = [0.077 if mine else 0.068 for mine in ours]
         left = 0.1 + max(len(bar.name) * width for bar, width in zip(bars, letter, strict=True))
         timed = [(bar, width) for bar, width in zip(bars, letter, strict=True) if bar.value is not None]
         behind = 0.1 + max((len(bar.text) * width for bar, width in timed), default=0.0)
@@ -225,7 +228,7 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
         axes.set(xlim=(0, inch * (WIDTH - left)), ylim=(rows - 0.6, -0.6), xticks=[], yticks=[])
         axes.spines["bottom"].set_visible(False)
         for place, bar, mine in zip(places, bars, ours, strict=True):
-            style: dict[str, Any] = {"va": "center", "fontsize": 7.5, "weight": "bold" if mine else "normal"}
+            style: dict[str, Any] = {"va": "center", "fontsize": 8.2, "weight": "bold" if mine else "normal"}
             axes.text(-0.05 * inch, place, bar.name, ha="right", **style)
             if bar.value is not None:
                 colour, alpha = LIGHT[f"k{family(bar.name)}"], 0.92 if mine else 0.62
@@ -234,11 +237,11 @@ def bar_chart(bars: Sequence[Bar], *, label: str, x_label: str, limit: tuple[flo
                     axes.plot([bar.low, bar.high], [place] * 2, "-|", color=LIGHT["ink"], linewidth=0.9, markersize=4)
             end = max(bar.value or 0.0, bar.high or 0.0) + 0.06 * inch
             axes.text(end, place, bar.text, color=LIGHT["soft" if bar.value is None else "ink"], **style)
-        axes.set_title(x_label, loc="left", fontsize=8, color=LIGHT["soft"])
+        axes.set_title(x_label, loc="left", fontsize=8.6, color=LIGHT["soft"])
         if limit:
-            line = {"color": LIGHT["soft"], "linewidth": 0.8, "dashes": (4, 3), "zorder": 0}
+            line: dict[str, Any] = {"color": LIGHT["soft"], "linewidth": 0.8, "dashes": (4, 3), "zorder": 0}
             axes.plot([limit[0]] * 2, [-0.6, places[-1] + 0.6], **line)
-            axes.text(limit[0], places[-1] + 1.1, limit[1], ha="center", va="center", fontsize=7.5, color=LIGHT["soft"])
+            axes.text(limit[0], places[-1] + 1.1, limit[1], ha="center", va="center", fontsize=8.2, color=LIGHT["soft"])
         return _svg(figure, label)
 
 
@@ -262,7 +265,7 @@ def roofline(marks: Sequence[Mark], ceiling: float, bandwidth: float, *, label: 
         axes.plot([low, ridge, high], roof, color=LIGHT["soft"], linewidth=1.3)
         rates = [*roof, *(mark.rate for mark in marks)]
         bottom, top = axes.set_ylim(min(rates) / 1.3, max(rates) * 1.6)
-        texts = {"color": LIGHT["soft"], "fontsize": 7.5}
+        texts = {"color": LIGHT["soft"], "fontsize": 8.2}
         text = f"GEMM {number(ceiling)} TFLOP/s"
         axes.annotate(text, (high, ceiling), (0, 4), textcoords="offset points", ha="right", **texts)
         # above the slope, where no mark can be
@@ -275,7 +278,7 @@ def roofline(marks: Sequence[Mark], ceiling: float, bandwidth: float, *, label: 
             face = {"markerfacecolor": inside, "markeredgecolor": edge}
             axes.plot(mark.work, mark.rate, "o", markersize=9, gid=f"title:{mark.text}", **face)
             letter = LIGHT["card" if mine else "k1"]
-            axes.text(mark.work, mark.rate, mark.letter, ha="center", va="center_baseline", fontsize=7, color=letter)
+            axes.text(mark.work, mark.rate, mark.letter, ha="center", va="center_baseline", fontsize=7.4, color=letter)
         for name, inside, edge in ((ours, "k0", "k0"), (others, "card", "k1")):
             face = {"markerfacecolor": LIGHT[inside], "markeredgecolor": LIGHT[edge]}
             axes.plot([], [], "o", markersize=6, label=name, **face)
@@ -284,6 +287,6 @@ def roofline(marks: Sequence[Mark], ceiling: float, bandwidth: float, *, label: 
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.set_xlabel("arithmetic intensity, FLOP per byte")
-        axes.set_title("TFLOP/s", loc="left", fontsize=8, color=LIGHT["soft"])
-        figure.legend(loc="outside lower center", ncols=2, fontsize=7.5)
+        axes.set_title("TFLOP/s", loc="left", fontsize=8.6, color=LIGHT["soft"])
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8.2)
         return _svg(figure, label)

@@ -1,23 +1,18 @@
 """Two runs side by side: which differences are real, and which are noise.
 
-A difference between two rows counts only if it is larger than all that is known to move a median without a change of
-code, which is three things:
+A bootstrap tells. A results file holds of each row the median, the 20th and 80th percentile and the number of samples,
+so medians are drawn anew from the distribution through these three quantiles: log-normal on each side of the median,
+wider by chance the fewer the samples are that it is known from. It assumes that the samples of a row are independent;
+those of one process are less so than they look, which the next two rules are for.
 
-1. The p20..p80 intervals of the two runs overlap: a sample of one would not look odd in the other.
-2. Medians of few samples wander. For about normal samples the standard error of a median is 1.25 sigma / sqrt(n), and
-   p20..p80 spans 1.68 sigma, which gives sigma. A difference below three standard errors of the difference is noise;
-   three is widened by Student's first correction, since sigma itself comes from few samples. (With many samples the
-   first rule is the stricter one, and is meant to be: samples of one process share its memory layout and its clocks,
-   so they are fewer than they look.)
-3. Two processes differ by more than samples within one. At least `FLOOR` is noise whatever the samples say. Where
-   device and versions are equal, the peers are a control: their code did not change, so how their speed moved is what
-   the machine does on its own. On each workload the median move of its peers, which were timed in turns with ours, is
-   noise and comes on top of what the first two rules allow. Over the whole run so are the median move of all peers and
-   three standard deviations (sigma from p20..p80 again, so that a few peers which did change count for nothing). If
-   everything is slower, that is the machine. Without peers nothing tells a busy hour from slower code, and the first
-   two rules alone call one row in four of a busy machine slower or faster; such a comparison is not `controlled`.
+- Where device and versions are equal, the peers are a control: their code did not change, so how the speed of a
+  workload's peers moved is what the machine does on its own. The median of their moves, drawn anew too, is taken out of
+  each row, and how far the peers of one workload move apart, over the whole run, is added as noise.
+- At least `FLOOR` is noise whatever the samples say: two processes differ in memory layout and clocks.
 
-`tests/benchmarks/test_compare.py` holds the rule by simulation.
+A row is slower or faster if the range that holds `LEVEL` of its draws lies beyond `FLOOR`. Without peers nothing tells
+a busy hour from slower code; such a comparison is not `controlled`. The draws are seeded: the same two files give the
+same verdicts.
 """
 
 from __future__ import annotations
@@ -28,22 +23,29 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
+from vitfast.table import text_table
+
 from ..runner.results import Row, Run
 from .targets import is_ours
 
 FLOOR = 0.02
 """Smallest relative difference of two processes' medians that is ever called real."""
 
+LEVEL = 0.998
+"""Share of the draws that lies within a row's range."""
+
+DRAWS = 4000
+
 UNSTEADY = 0.2
-"""Floor, share of rows, and spread of a row over its median, above which a machine is said to be unsteady."""
-
-STANDARD_ERRORS = 3.0
-
-SPAN = 1.683
-"""p20..p80 of a normal distribution, in standard deviations."""
+"""Share of rows, and relative width of a range, above which a machine is said to be unsteady."""
 
 CONTROLS = 5
-"""Fewest peers' rows that make a control."""
+"""Fewest peers' rows that tell how far apart peers move."""
+
+_P80 = statistics.NormalDist().inv_cdf(0.8)
 
 VERDICTS = ("broken", "slower", "fixed", "faster", "no difference")
 """What a pair can be, worst first. "broken" ran in A and fails in B, "fixed" is the other way round."""
@@ -57,25 +59,15 @@ class Pair:
 
     Attributes:
         a, b: its rows.
-        noise: relative difference that is noise for this pair.
-        overlap: whether the p20..p80 intervals overlap.
+        ratio: speed of B over that of A, the move of the workload's peers taken out: above 1 is faster. None unless
+            both were timed.
+        ratio_range: where `LEVEL` of the draws of it lie; from 0 to infinity where one sample tells no spread.
     """
 
     a: Row
     b: Row
-    noise: float = math.inf
-    overlap: bool = True
-
-    @property
-    def ratio(self) -> float | None:
-        """Speed of B over that of A: above 1 is faster. None unless both were timed."""
-        return None if self.a.ms is None or self.b.ms is None else self.a.ms / self.b.ms
-
-    @property
-    def ratio_range(self) -> tuple[float, float] | None:
-        """`ratio` from A's p20 over B's p80 to A's p80 over B's p20."""
-        a, b = _interval(self.a), _interval(self.b)
-        return None if a is None or b is None else (a[0] / b[1], a[1] / b[0])
+    ratio: float | None = None
+    ratio_range: tuple[float, float] = (0.0, math.inf)
 
     @property
     def verdict(self) -> str:
@@ -84,9 +76,9 @@ class Pair:
             if self.a.status == "ok" and self.b.status in _FAILED:
                 return "broken"
             return "fixed" if self.b.status == "ok" and self.a.status in _FAILED else "no difference"
-        if self.overlap or abs(math.log(self.ratio)) <= math.log1p(self.noise):
-            return "no difference"
-        return "faster" if self.ratio > 1 else "slower"
+        if self.ratio_range[1] < 1 / (1 + FLOOR):
+            return "slower"
+        return "faster" if self.ratio_range[0] > 1 + FLOOR else "no difference"
 
 
 @dataclass(frozen=True)
@@ -98,11 +90,8 @@ class Comparison:
         only_a, only_b: rows that the other run lacks, or where a peer is missing in the other.
         differences: what differs in the two environments, as `(what, in A, in B)`.
         ceilings: B's measured ceilings over A's, by name.
-        floor: relative difference that counted as noise for every pair; one whose own peers moved has more.
-        controls: how many peers' rows were a control; 0 where there were too few.
-        controlled: whether there is a control at all, of the run or of single workloads.
-        drift, wobble: median and standard deviation of the logarithms of their ratios; 0 without a control.
-        unsteady: share of the rows of A and of B with a p20..p80 wider than `UNSTEADY` of the median.
+        controls: how many peers' rows were a control.
+        drift: median of the ratios of their speeds, B over A; 1 without a control.
     """
 
     pairs: tuple[Pair, ...]
@@ -110,17 +99,18 @@ class Comparison:
     only_b: tuple[Row, ...]
     differences: tuple[tuple[str, str, str], ...]
     ceilings: dict[str, float]
-    floor: float = FLOOR
     controls: int = 0
-    drift: float = 0.0
-    wobble: float = 0.0
-    unsteady: tuple[float, float] = (0.0, 0.0)
-    controlled: bool = False
+    drift: float = 1.0
+
+    @property
+    def controlled(self) -> bool:
+        """Whether there is a control."""
+        return self.controls > 0
 
     def regressions(self, threshold: float = 0.05) -> list[Pair]:
         """What a gate should stop: rows that broke, and rows slower by more than `threshold` and more than noise.
 
-        An unsteady machine makes much noise and so lets much pass; `floor` and `unsteady` tell how much.
+        An unsteady machine makes much noise and so lets much pass.
 
         Args:
             threshold: relative loss of speed that is put up with: 0.05 lets a row fall to 0.95 of its speed.
@@ -143,23 +133,20 @@ class Comparison:
             lines.append("These are two machines: the ratios compare them, not only the code.")
         if self.ceilings:
             lines.append("B's ceilings over A's: " + ", ".join(f"{n} {r:.3f}" for n, r in self.ceilings.items()))
-        least = f"{self.floor:.1%}" if self.floor < 10 else f"a factor of {1 + self.floor:,.0f}"
-        lines.append(f"Noise: overlapping p20..p80, or below {least}, or what the workload's own peers moved by.")
         if self.controls:
             lines.append(
                 f"The peers are the control: the speed of their {self.controls} rows, whose code is the same in both, "
-                f"moved by {math.expm1(self.drift):+.1%} in the median, with a standard deviation of {self.wobble:.1%}."
+                f"moved by {self.drift - 1:+.1%} in the median. What a workload's peers moved by is taken out."
             )
         else:
-            lines.append("There is no control for the whole run: too few peers' rows in both, or other versions.")
-        unsteady = [
-            f"{share:.0%} of the rows in {name}"
-            for name, share in zip("AB", self.unsteady, strict=True)
-            if share > UNSTEADY
-        ]
-        if self.floor > UNSTEADY or unsteady:
-            spread = f" ({' and '.join(unsteady)} spread by more than {UNSTEADY:.0%})" if unsteady else ""
-            lines.append(f"That is too unsteady to tell much{spread}: repeat on a quiet machine.")
+            lines.append("There is no control: no peers' rows in both, or other versions.")
+        timed = [pair for pair in self.pairs if pair.ratio is not None]
+        wide = sum(pair.ratio_range[1] > (1 + UNSTEADY) * pair.ratio_range[0] for pair in timed)
+        if wide > UNSTEADY * len(timed):
+            lines.append(
+                f"That is too unsteady to tell much: {wide} of {len(timed)} ranges are wider than {UNSTEADY:.0%}; "
+                "repeat on a quiet machine."
+            )
         counts = Counter(pair.verdict for pair in self.pairs)
         summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v]) or "none in common"
         lines += [f"Rows: {summary}.", ""]
@@ -189,71 +176,54 @@ def compare(a: Run, b: Run) -> Comparison:
             both.append((row, other))
     only_b += [row for row in b.rows if row.key not in keys_a and row.status != "missing"]
     differences = _differences(a.environment, b.environment)
-    same = all(what == "commit" for what, _, _ in differences)
-    moves, controls = [], dict[tuple[Any, ...], list[tuple[float, float]]]()
+    draw = np.random.default_rng(0)
+    # logarithms of how much faster B is
+    moves = {x.key: _medians(x, draw) - _medians(y, draw) for x, y in both if x.ms and y.ms}
+    points = {x.key: math.log(x.ms / y.ms) for x, y in both if x.ms and y.ms}
+    peers: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    if all(what == "commit" for what, _, _ in differences):
+        for key in moves:
+            if not is_ours(key[-1]):
+                peers.setdefault(key[:-1], []).append(key)
+    peer_points = {workload: [points[key] for key in keys] for workload, keys in peers.items()}
+    apart = _apart(list(peer_points.values()))
+    controls = {workload: np.median([moves[key] for key in keys], axis=0) for workload, keys in peers.items()}
+    pairs = []
     for x, y in both:
-        if same and not is_ours(x.candidate) and x.ms and y.ms:
-            moves.append(math.log(x.ms / y.ms))
-            controls.setdefault(x.key[:-1], []).append((moves[-1], _error(x, y)))
-    floor, drift, wobble = FLOOR, 0.0, 0.0
-    if len(moves) >= CONTROLS:
-        fifths = statistics.quantiles(moves, n=5, method="inclusive")
-        drift, wobble = statistics.median(moves), (fifths[3] - fifths[0]) / SPAN
-        floor = max(FLOOR, math.expm1(abs(drift) + STANDARD_ERRORS * wobble))
-    return Comparison(
-        tuple(_pair(x, y, floor, controls.get(x.key[:-1], [])) for x, y in both),
-        tuple(only_a),
-        tuple(only_b),
-        differences,
-        _ceilings(a, b),
-        floor,
-        len(moves) if len(moves) >= CONTROLS else 0,
-        drift,
-        wobble,
-        (_unsteady(a), _unsteady(b)),
-        bool(controls),
-    )
+        pair = Pair(x, y)
+        if x.key in moves:
+            net = moves[x.key] - controls.get(x.key[:-1], 0.0) + apart * draw.standard_normal(DRAWS)
+            low, high = (float(value) for value in np.exp(np.quantile(net, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))))
+            ratio = math.exp(points[x.key] - statistics.median(peer_points.get(x.key[:-1], [0.0])))
+            pair = Pair(x, y, ratio, (low, high) if (x.samples or 1) + (y.samples or 1) > 2 else (0.0, math.inf))
+        pairs.append(pair)
+    known = [point for group in peer_points.values() for point in group]
+    drift = math.exp(statistics.median(known)) if known else 1.0
+    return Comparison(tuple(pairs), tuple(only_a), tuple(only_b), differences, _ceilings(a, b), len(known), drift)
 
 
-def _pair(a: Row, b: Row, floor: float, controls: list[tuple[float, float]]) -> Pair:
-    """Two rows with what is noise between them; `controls` are the moves of their workload's peers and their errors."""
-    first, second = _interval(a), _interval(b)
-    # one sample each: nothing is known of the spread
-    if first is None or second is None or (a.samples or 1) + (b.samples or 1) <= 2:
-        return Pair(a, b)
-    drift = statistics.median([move for move, _ in controls] or [0.0])
-    error = math.hypot(_error(a, b), statistics.median([error for _, error in controls] or [0.0]))
-    overlap = first[0] <= second[1] and second[0] <= first[1]
-    return Pair(a, b, max(floor, math.expm1(abs(drift) + math.log1p(max(FLOOR, error)))), overlap)
+def _medians(row: Row, draw: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Logarithms of medians (ms) that as many samples as the row has could have had."""
+    assert row.ms is not None
+    n, middle = max(2, row.samples or 1), math.log(row.ms)
+    # the median of n uniform samples has this distribution
+    share = torch.from_numpy(draw.beta((n + 1) / 2, (n + 1) / 2, DRAWS))
+    normal = torch.special.ndtri(share).numpy() / _P80 * np.sqrt((n - 1) / draw.chisquare(n - 1, DRAWS))
+    above, below = math.log(row.ms_p80 or row.ms) - middle, middle - math.log(row.ms_p20 or row.ms)
+    return middle + normal * np.where(normal > 0, above, below)
 
 
-def _error(a: Row, b: Row) -> float:
-    """How far the ratio of two medians may be from the truth, relative, by their samples alone."""
-    samples = max(3, (a.samples or 1) + (b.samples or 1))
-    widened = STANDARD_ERRORS * (1 + (STANDARD_ERRORS**2 + 1) / (4 * (samples - 2)))
-    return widened * math.hypot(_standard_error(a), _standard_error(b))
-
-
-def _spread(row: Row) -> float:
-    """p20..p80 over the median."""
-    interval = _interval(row)
-    return 0.0 if interval is None or not row.ms else (interval[1] - interval[0]) / row.ms
-
-
-def _standard_error(row: Row) -> float:
-    """Of the median, relative to it."""
-    return 1.2533 * _spread(row) / SPAN / math.sqrt(row.samples or 1)
-
-
-def _unsteady(run: Run) -> float:
-    spreads = [_spread(row) for row in run.rows if row.ms is not None]
-    return sum(spread > UNSTEADY for spread in spreads) / max(1, len(spreads))
-
-
-def _interval(row: Row) -> tuple[float, float] | None:
-    if row.ms is None:
-        return None
-    return (row.ms if row.ms_p20 is None else row.ms_p20, row.ms if row.ms_p80 is None else row.ms_p80)
+def _apart(moves: list[list[float]]) -> float:
+    """Standard deviation of a peer's move about its workload's, by p20..p80: a few that did change count little."""
+    found = []
+    for group in moves:
+        if len(group) > 1:
+            middle, wider = statistics.median(group), math.sqrt(len(group) / (len(group) - 1))
+            found += [wider * (move - middle) for move in group]
+    if len(found) < CONTROLS:
+        return 0.0
+    fifths = statistics.quantiles(found, n=5, method="inclusive")
+    return (fifths[3] - fifths[0]) / (2 * _P80)
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:
@@ -286,10 +256,9 @@ def _name(row: Row) -> str:
 
 
 def _time(row: Row) -> str:
-    interval = _interval(row)
-    if interval is None:
+    if row.ms is None:
         return row.status
-    return f"{row.ms:.4g} ({interval[0]:.4g}..{interval[1]:.4g})"
+    return f"{row.ms:.4g} ({row.ms_p20 or row.ms:.4g}..{row.ms_p80 or row.ms:.4g})"
 
 
 def _said(pair: Pair) -> str:
@@ -301,12 +270,10 @@ def _said(pair: Pair) -> str:
 
 
 def _table(pairs: list[Pair]) -> str:
-    head = ["row", "A: ms (p20..p80)", "B: ms (p20..p80)", "speed B/A", "verdict"]
-    cells = [head]
+    header = ["row", "A: ms (p20..p80)", "B: ms (p20..p80)", f"speed B/A ({LEVEL:.1%} range)", "verdict"]
+    rows = []
     for pair in pairs:
-        span = pair.ratio_range
-        ratio = "" if pair.ratio is None or span is None else f"{pair.ratio:.3f} ({span[0]:.3f}..{span[1]:.3f})"
-        cells.append([_name(pair.a), _time(pair.a), _time(pair.b), ratio, _said(pair)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+        low, high = pair.ratio_range
+        ratio = "" if pair.ratio is None else f"{pair.ratio:.3f} ({low:.3f}..{high:.3f})"
+        rows.append([_name(pair.a), _time(pair.a), _time(pair.b), ratio, _said(pair)])
+    return text_table(header, rows)

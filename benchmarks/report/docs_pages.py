@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..runner.results import Run, load
@@ -67,14 +67,14 @@ def _told(text: str) -> str:
     return "\n".join(re.findall(r"<(?:text|title)[^>]*>([^<]*)<", text)) if text.startswith("<svg") else text
 
 
-def stale(root: Path, wanted: dict[Path, str]) -> list[Path]:
-    """Pages that differ from those that are wanted, are not there yet, or whose results are gone."""
+def stale(root: Path, wanted: Mapping[Path, str], same: Callable[[str], str] = _told) -> list[Path]:
+    """Pages that differ from those that are wanted in what they tell, are not there, or whose results are gone."""
     folder = root / "docs" / "results"
     present = [path for path in folder.rglob("*") if path.suffix in (".md", ".svg")] if folder.is_dir() else []
     differing = [
         path
         for path, text in wanted.items()
-        if not path.is_file() or _told(path.read_text(encoding="utf-8")) != _told(text)
+        if not path.is_file() or same(path.read_text(encoding="utf-8")) != same(text)
     ]
     return sorted([*differing, *(path for path in present if path not in wanted)])
 
@@ -82,7 +82,7 @@ def stale(root: Path, wanted: dict[Path, str]) -> list[Path]:
 def write(root: Path) -> list[Path]:
     """Bring `docs/results/` in line with the committed results; the paths that changed."""
     wanted = pages(root)
-    changed = stale(root, wanted)
+    changed = stale(root, wanted, same=str)
     for path in changed:
         if path in wanted:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -32,7 +30,6 @@ from vitfast.clock import ceilings, machine, timing
 
 CPU = torch.device("cpu")
 MODEL = "vit_tiny_patch16_224"
-TIME_INTERLEAVED = timing.time_interleaved
 
 
 @pytest.fixture(autouse=True)
@@ -270,22 +267,6 @@ def test_another_run_s_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         _run(path, "torch eager")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not a results file"),
-        ("[]", "schema None; this version reads schema 1"),
-        (json.dumps({"schema": 7}), "schema 7; this version reads schema 1"),
-        (json.dumps({"schema": 1, "environment": {}, "ceilings": None, "rows": [{"x": 1}]}), "damaged results file"),
-    ],
-)
-def test_a_file_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load(path)
-
-
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="peer 'nobody'; expected the start of one of: "):
         select_peers(("nobody",))
@@ -293,47 +274,6 @@ def test_unknown_names_are_refused() -> None:
         workloads(("model",), (MODEL,), (1,), ("bf8",))
     with pytest.raises(ValueError, match="unknown model 'vit_nano'"):
         workloads(("model",), ("vit_nano",), (1,), ("fp32",))
-
-
-def test_candidates_take_turns_and_inputs_rotate() -> None:
-    seen: dict[str, list[int]] = {"a": [], "b": []}
-    order: list[str] = []
-
-    def candidate(name: str) -> timing.Candidate:
-        def call(index: int) -> None:
-            seen[name].append(index)
-            order.append(name)
-
-        return call
-
-    timings = TIME_INTERLEAVED(
-        {name: candidate(name) for name in seen},
-        CPU,
-        budget_s=0.05,
-        min_samples=6,
-        max_samples=6,
-        sample_target_ms=1e-9,
-    )
-    assert {name: t.samples for name, t in timings.items()} == {"a": 6, "b": 6}
-    timed = order[-12:]
-    assert all({timed[i], timed[i + 1]} == {"a", "b"} for i in range(0, 12, 2))
-    # no index comes twice, so no call gets the inputs of the one before
-    assert len(set(seen["a"] + seen["b"])) == len(seen["a"]) + len(seen["b"])
-
-
-def test_a_ceiling_is_the_fastest_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([9.0, 8.0, 3.0, 2.0, 7.0])
-    monkeypatch.setattr(ceilings, "sample_ms", lambda *args: next(times, 4.0))
-    monkeypatch.setattr(ceilings, "CEILING_S", 0.05)
-    assert ceilings._fastest_ms(lambda i: None, CPU) == 2.0
-
-
-def test_every_gemm_of_the_ceiling_is_the_product() -> None:
-    a, b = torch.randn(2, 24, 24).unbind(0)
-    gemms = ceilings._gemms(a, b)
-    assert len(gemms) == 1 + torch.backends.mkldnn.is_available()
-    for gemm in gemms:
-        torch.testing.assert_close(gemm(0), a @ b)
 
 
 class _Screen(io.StringIO):
@@ -370,12 +310,6 @@ def test_every_row_of_a_run_is_counted(tmp_path: Path) -> None:
     numbers = [(int(found[1]), int(found[2])) for found in counted if found]
     assert {total for _, total in numbers} == {12}
     assert [n for n, _ in numbers] == sorted(n for n, _ in numbers) and numbers[-1][0] == 12
-
-
-def test_percentiles() -> None:
-    found = timing.summarize([float(i) for i in range(1, 12)], calls=3)
-    assert dataclasses.astuple(found) == (6.0, 3.0, 9.0, 11, 3)
-    assert timing.summarize([4.0], calls=1).p80 == 4.0
 
 
 def test_flops_of_vit_b() -> None:

@@ -145,7 +145,7 @@ TRAPS: dict[int, tuple[str, list[str] | str]] = {
     23: (
         "times without synchronisation, of the first call, against fp32 in eager mode",
         [
-            "benchmarks/test_run.py::test_candidates_take_turns_and_inputs_rotate",
+            "vitfast/test_clock.py::test_candidates_take_turns_and_inputs_rotate",
             "benchmarks/test_run.py::test_a_wrong_kernel_is_refused",
         ],
     ),
