@@ -293,7 +293,7 @@ def _add_layer_norm_backward(ctx: Any, dtotal, dy, dmean, drstd) -> tuple[Any, .
     dx = (dsum if scale is None else dsum * scale).to(x_dtype)
     dscale = None
     if scale is not None and ctx.needs_input_grad[5]:
-        dscale = (dsum * x).flatten(0, -2).sum(0).to(scale.dtype)
+        dscale = (dsum * x).reshape(-1, x.shape[-1]).sum(0).to(scale.dtype)
     return dx, dsum.to(residual_dtype), dweight, dbias, None, dscale
 
 

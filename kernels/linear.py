@@ -92,13 +92,13 @@ def linear_gradients(
         # one GEMM again instead of keeping the widest activation of the network
         z = F.linear(x, weight, bias)
         if needs_scale:
-            dscale = (dy * activate_ref(z, activation)).flatten(0, -2).sum(0).to(scale.dtype)  # type: ignore[union-attr]
+            dscale = (dy * activate_ref(z, activation)).reshape(-1, dy.shape[-1]).sum(0).to(scale.dtype)  # type: ignore[union-attr]
         if activation != "none":
             dz = activation_backward(dz.to(z.dtype), z, activation)
     dz = dz.to(x.dtype)
-    dz2d = dz.flatten(0, -2) if dz.dim() > 1 else dz[None]
+    dz2d = dz.reshape(-1, dz.shape[-1])
     dx = dz @ weight if needs_x else None
-    dweight = dz2d.t() @ (x.flatten(0, -2) if x.dim() > 1 else x[None]) if needs_weight else None
+    dweight = dz2d.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
     dbias = dz2d.sum(0) if needs_bias else None
     return dx, dweight, dbias, dscale
 

@@ -338,7 +338,8 @@ def _patch_embed_backward(ctx: Any, grad) -> tuple[Any, ...]:
             rows, pos_dtype = ctx.pos
             dpos = summed[summed.shape[0] - rows :].to(pos_dtype)
     grid = (pixels.shape[2] // p, pixels.shape[3] // q)
-    dconv = grad[:, t:].transpose(1, 2).unflatten(2, grid).to(weight.dtype)
+    patches = grad[:, t:].transpose(1, 2)
+    dconv = patches.reshape(*patches.shape[:2], *grid).to(weight.dtype)
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]]
     dpixels, dweight, dbias = torch.ops.aten.convolution_backward(
         dconv,
