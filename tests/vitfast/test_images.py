@@ -76,6 +76,14 @@ def test_timm_models_bring_their_own() -> None:
             assert_pixels(preprocess(picture(500, 400), source), transform(picture(500, 400))[None], image_spec(model))
 
 
+def test_transformers_processor_of_timm_models() -> None:
+    transformers, data = pytest.importorskip("transformers"), pytest.importorskip("timm.data")
+    config = data.resolve_data_config(TIMM["squash"])
+    processor = transformers.TimmWrapperImageProcessor(config, architecture="vit_tiny_patch16_224")
+    theirs = processor(picture(97, 61), return_tensors="pt")["pixel_values"]
+    assert_pixels(preprocess(picture(97, 61), processor), theirs, image_spec(processor))
+
+
 def test_named_models_want_what_timm_says() -> None:
     timm = pytest.importorskip("timm")
     for name in list_models():
