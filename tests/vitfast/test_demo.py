@@ -229,44 +229,6 @@ def test_images_of_any_shape(size, photo, tmp_path, monkeypatch) -> None:
     assert Image.open(result.files["overlay"]).size == (2 * size[1], 2 * size[0])
 
 
-def test_the_view_is_the_part_that_the_model_sees() -> None:
-    y, x = np.mgrid[0:200, 0:300]
-    image = Image.fromarray(np.stack([x * 0.8, y, x * 0], axis=-1).astype(np.uint8))
-    pixels, view = look(image, vitfast.image_spec(build_model("vit_test")))
-    seen = (pixels[0].permute(1, 2, 0).numpy() * 0.5 + 0.5) * 255
-    shown = np.asarray(view.resize((32, 32), Image.Resampling.BOX), dtype=float)
-    # away from the border, where the two resamplings see different neighbours; a pixel's step is 6 to 8
-    assert np.abs(seen - shown)[2:-2, 2:-2].max() < 4.0
-
-
-def test_pictures_of_every_kind_are_read(tmp_path) -> None:
-    ramp = np.tile(np.linspace(0, 255, 64), (48, 1)).astype(np.uint8)
-    Image.fromarray(ramp).save(tmp_path / "grey.png")
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
-    Image.fromarray(ramp).convert("P").save(tmp_path / "palette.gif")
-    Image.fromarray(ramp).convert("CMYK").save(tmp_path / "cmyk.jpg")
-    for name in ("grey.png", "grey16.png", "palette.gif", "cmyk.jpg"):
-        image = load_image(tmp_path / name)
-        assert image.mode == "RGB"
-        assert np.abs(np.asarray(image).astype(int) - ramp[..., None]).max() <= 4, name
-
-    half = np.zeros((4, 4, 4), dtype=np.uint8)
-    half[:2, :, 3] = 255
-    Image.fromarray(half).save(tmp_path / "alpha.png")
-    shown = np.asarray(load_image(tmp_path / "alpha.png"))
-    assert (shown[:2] == 0).all()
-    assert (shown[2:] == 255).all()
-
-
-def test_exif_orientation_is_applied(tmp_path) -> None:
-    upright = np.zeros((20, 30, 3), dtype=np.uint8)
-    upright[:10, :15] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise for display
-    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", exif=exif)
-    assert (np.asarray(load_image(tmp_path / "turned.png")) == upright).all()
-
-
 @pytest.mark.parametrize("kind", ["text", "truncated", "empty", "folder", "missing"])
 def test_what_is_no_picture_is_one_line_with_the_file_and_the_formats(kind, tmp_path, capsys, photo) -> None:
     file = tmp_path / "odd.png"

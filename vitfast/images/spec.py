@@ -7,6 +7,7 @@ and standard deviation in the spec, for the patch-embed kernel. That nothing els
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -78,7 +79,8 @@ def image_spec(source: Any) -> ImageSpec:
     if isinstance(source, Mapping):
         return _of_timm(source)
     source = getattr(source, "_orig_mod", source)
-    if config := getattr(source, "pretrained_cfg", None):
+    # timm's models, and Transformers' processor of them
+    if config := getattr(source, "pretrained_cfg", None) or getattr(source, "data_config", None):
         if isinstance(source, VisionTransformer) and config["crop_mode"] in ResizeCrop.MODES:
             size = _three_channels(config["input_size"])
             transform = ResizeCrop(size, config["crop_pct"], config["crop_mode"], config["interpolation"])
@@ -239,4 +241,4 @@ def _proved(
             raise ValueError(f"{name} does not end in (pixels / 255 - mean) / std of uint8 pixels, as the kernel does")
     if len(sizes) > 1:
         raise ValueError(f"{name} makes images of different sizes, which are no batch; accepted is one size for all")
-    return ImageSpec(sizes.pop(), mean, std, transform, **flags)
+    return dataclasses.replace(spec, size=sizes.pop())
