@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from importlib import metadata
 
 import pytest
+from packaging.version import Version
 from torch import Tensor, nn
 
 import vitfast
-from tests.vitfast._architectures import ARCHITECTURES, Architecture
+from tests.vitfast._architectures import ARCHITECTURES, Architecture, timm_swin
 from tests.vitfast._models import assert_same, images, randomise
 
 ALL = ("attention", "mlp", "block")
+
+# with maps that windows divide in both stages: timm pads others from 1.0.10 on
+SWINS = (
+    timm_swin("swin_tiny_patch4_window7_224", 7, img_size=(56, 112)),
+    timm_swin("swinv2_tiny_window8_256", 8, img_size=(64, 128)),
+)
 
 # the kinds that are replaced in every block, by architecture
 FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -45,14 +53,25 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     "open_clip": {"ViT-B-32, visual": ALL},
 }
 
+# releases before these keep attention or blocks plain so far, or fail; a row goes when recognition reaches further back
+LOST = {"timm": "1.0.28", "transformers": "5.20", "SiglipVisionModel": "5.0"}
+
 
 def families(library: str) -> pytest.MarkDecorator:
     """Parametrise a test by the architectures of a library and what is replaced in each."""
     kinds = FAMILIES[library]
-    found = [architecture for architecture in ARCHITECTURES if architecture.library == library]
-    chosen = [pytest.param(a, kinds[a.name], id=a.name) for a in found if a.name in kinds]
+    # a later one of the same name stands for an earlier one
+    found = {a.name: a for a in (*ARCHITECTURES, *SWINS) if a.library == library and a.name in kinds}
+    chosen = [pytest.param(a, kinds[name], id=name, marks=_lost(library, name)) for name, a in found.items()]
     assert len(chosen) == len(kinds), f"{library}: not every name of FAMILIES is in ARCHITECTURES"
     return pytest.mark.parametrize(("architecture", "kinds"), chosen)
+
+
+def _lost(library: str, name: str) -> tuple[pytest.MarkDecorator, ...]:
+    bound = LOST.get(name, LOST.get(library))
+    if bound is None or Version(metadata.version(library)) >= Version(bound):
+        return ()
+    return (pytest.mark.xfail(reason=f"{name} is replaced from {library} {bound} on", strict=True),)
 
 
 def check(architecture: Architecture, kinds: tuple[str, ...]) -> None:
@@ -63,7 +82,8 @@ def check(architecture: Architecture, kinds: tuple[str, ...]) -> None:
     replaced = Counter(row.kind for row in report.replaced)
     kept = {row.kind for row in report.kept}
     blocks = 4 if "swin" in architecture.name.lower() else 2
-    assert all(replaced[kind] >= blocks for kind in kinds), f"of {blocks} blocks: {dict(replaced)}"
+    plain_still = {kind: replaced[kind] for kind in kinds if replaced[kind] < blocks}
+    assert not plain_still, f"replaced in {blocks} blocks: {plain_still}"
     assert kept.isdisjoint(kinds) and ("mlp" in kinds or "mlp" in kept), report.kept
     assert_same(plain, fused, images(2, 3, *architecture.size), architecture.calls[0])
 
