@@ -62,6 +62,10 @@ test: $(STAMP)  ## run every test lane this machine can run
 	$(if $(CUDA),@echo "==> lane: gpu")
 	$(if $(CUDA),$(BIN)/python -m pytest -n 0 -m gpu tests)
 
+.PHONY: versions
+versions: $(STAMP)  ## test the lowest and the newest releases of the libraries (ARGS="timm")
+	$(BIN)/python tests/versions/run.py -j $(JOBS) $(ARGS)
+
 # mypy sees vitfast/, kernels/ and benchmarks/ as the one package they become when installed
 TYPECHECK := build/typecheck
 .PHONY: lint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ except ImportError:
     pass
 except RuntimeError:
     # beside a CPU build of torch its native half does not load: its Python half looks two operators up, so they
-    # need a schema
+    # need a schema, and what is left of the first attempt would pass for imported
+    for _name in [name for name in sys.modules if name.startswith("torchvision.")]:
+        del sys.modules[_name]
     _library = torch.library.Library("torchvision", "DEF")
     for _schema in (
         "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

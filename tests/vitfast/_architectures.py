@@ -110,7 +110,7 @@ def _timm_eva(name: str, head: int = 64) -> Architecture:
     return _timm(name, _sized(name, head), _INTERMEDIATES)
 
 
-def _timm_swin(name: str, window: int, **changes: Any) -> Architecture:
+def timm_swin(name: str, window: int, **changes: Any) -> Architecture:
     # two windows by three, merged to one by one and a half that timm pads
     options = {"embed_dim": 64, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5, "window_size": window}
     size = (8 * window, 12 * window)
@@ -372,10 +372,10 @@ ARCHITECTURES = (
     _timm_eva("vit_base_patch16_rope_224"),
     _timm_eva("vit_small_patch16_dinov3"),
     _timm_eva("vit_relpos_base_patch16_224"),
-    _timm_swin("swin_tiny_patch4_window7_224", 7),
-    _timm_swin("swin_s3_tiny_224", 7, window_size=(7, 14)),
-    _timm_swin("swinv2_tiny_window8_256", 8),
-    _timm_swin("swinv2_cr_tiny_224", 7),
+    timm_swin("swin_tiny_patch4_window7_224", 7),
+    timm_swin("swin_s3_tiny_224", 7, window_size=(7, 14)),
+    timm_swin("swinv2_tiny_window8_256", 8),
+    timm_swin("swinv2_cr_tiny_224", 7),
     _hf_vit("ViTModel", "ViTConfig"),
     _hf_vit("ViTForImageClassification", "ViTConfig", num_labels=5),
     _hf_vit("ViTForMaskedImageModeling", "ViTConfig", encoder_stride=8),
