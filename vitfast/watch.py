@@ -51,21 +51,25 @@ class Watch:
         self._root = weakref.ref(root)
         parts = list(root.modules())[1:]
         own = [vars(part) for part in parts]
-        self._registries = [vars(root)[name] for name in _REGISTRIES]
-        self._parts, self._types = parts, list(map(type, parts))
-        # as a `forward` that somebody puts on a class
-        self._kinds = list({getattr(kind, "replaces", kind): None for kind in (type(root), *self._types)})
-        self._forwards = list(map(_forward, self._kinds))
-        self._own, self._lengths = own, list(map(len, own))
-        registries = [*self._registries, *(d[name] for d in own for name in _REGISTRIES)]
+        self._parts, self._types, self._own = parts, list(map(type, parts)), own
+        # a replica shares all but this
+        self._children = root._modules
+        registries = [d[name] for d in (vars(root), *own) for name in _REGISTRIES]
         self._filled = [registry for registry in registries if registry]
         self._members = list(self._registered())
+        # an attribute more may be a `forward`
+        self._sized = [*own, *self._filled]
+        self._sizes = list(map(len, self._sized))
+        # as a `forward` that somebody puts on a class
+        self._kinds = list({kind.replaces: None for kind in (type(root), *self._types) if hasattr(kind, "replaces")})
+        self._forwards = list(map(_forward, self._kinds))
         self._hooks = [d[name] for d in (vars(root), *own) for name in HOOKS]
         self._without = [hooks for hooks in self._hooks if not hooks]
         self._with = [hooks for hooks in self._hooks if hooks]
         self._global = _has_any_global_hook()
-        self._modes = [d for part, d in zip(parts, own, strict=True) if type(part) not in _MODELESS]
-        self._modes_were = [root.training, *map(_training, self._modes)]
+        self._trains = root.training
+        self._modes = [d for part, d in zip(parts, own, strict=True) if not isinstance(part, _MODELESS)]
+        self._modes_were = list(map(_training, self._modes))
         self._getters: list[Any] = []
         self._attributes: list[Any] = []
         if attributes:
@@ -92,33 +96,33 @@ class Watch:
     def same_modules(self) -> bool:
         """Whether modules, classes, parameters, buffers and, if asked for, attributes are what they were."""
         root = self._root()
-        if root is None or not all(map(is_, map(vars(root).get, _REGISTRIES), self._registries)):
-            # a replica shares everything else
-            return False
-        members = list(self._registered())
+        return (
+            root is not None
+            and root._modules is self._children
+            and list(map(type, self._parts)) == self._types
+            and list(map(_forward, self._kinds)) == self._forwards
+            and list(map(len, self._sized)) == self._sizes
+            # by identity: comparing tensors would compare what they hold
+            and all(map(is_, self._registered(), self._members))
+            and (not self._attributes or self._same_attributes())
+        )
+
+    def _same_attributes(self) -> bool:
         try:
-            return (
-                list(map(type, self._parts)) == self._types
-                and list(map(_forward, self._kinds)) == self._forwards
-                and list(map(len, self._own)) == self._lengths
-                # by identity: comparing tensors would compare what they hold
-                and len(members) == len(self._members)
-                and all(map(is_, members, self._members))
-                and (not self._attributes or all(map(is_, self._configured(), self._attributes)))
-                and all(d.get(PLAN) is plan for d, plan in self._plans)
-            )
+            same = all(map(is_, self._configured(), self._attributes))
         except KeyError:
             return False
+        return same and all(d.get(PLAN) is plan for d, plan in self._plans)
 
     def same(self) -> bool:
         """`same_modules`, and whether hooks stand where they stood and modules train that trained."""
-        root = self._root()
+        root: Any = self._root()
         return (
-            root is not None
+            root.training is self._trains
             and not any(self._without)
             and all(self._with)
             and _has_any_global_hook() == self._global
-            and [root.training, *map(_training, self._modes)] == self._modes_were
+            and list(map(_training, self._modes)) == self._modes_were
             and self.same_modules()
         )
 

@@ -62,7 +62,7 @@ def run_demo(
 
     Args:
         image: a picture file; None for the one that matplotlib carries.
-        model: a name that `vitfast.parity.build_model` knows.
+        model: a name that `vitfast.proof.subjects.build_model` knows.
         weights: checkpoint file; None for seeded weights, which mean nothing but compute the same.
         out: folder for `index.html`, `attention-rollout.png` and `attention-layers.png`; made if need be.
         precision: of both models; None for bf16 on CUDA and fp32 on CPU, what each is usually run in.

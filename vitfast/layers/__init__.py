@@ -3,6 +3,7 @@
 `base` has the plan that each layer makes once and a watch renews, `guards` and `known` what it is made from.
 """
 
+from .. import kernels as kernels
 from .attention import AttentionPlan, FusedAttention, FusedSplitAttention, joined
 from .base import KINDS, FusedLayer, FusedLayerNorm, Plan, original_of, own_forwards
 from .block import BlockPlan, FusedBlock
