@@ -103,7 +103,11 @@ def _attentions(model: nn.Module) -> list[_Attention]:
             if kind is None:
                 declined.append((name, module, matched.reason))
         if kind is not None and issubclass(kind, FusedAttention):
-            parent = model.get_submodule(name.rpartition(".")[0])
+            above = name.rpartition(".")[0]
+            if any(attention.name == above for attention in found):
+                # the wrapper has it
+                continue
+            parent = model.get_submodule(above)
             skips = isinstance(parent, FusedBlock) and parent.attn is module and not parent.bias_from_block
             block = parent if skips else None
             found.append(_Attention(name, module, face(kind, module), block))

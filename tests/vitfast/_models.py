@@ -130,7 +130,7 @@ BUILDERS = {"reference": reference, "timm": timm_vit}
 
 def fused_names(model: nn.Module) -> dict[str, str]:
     """Name of each fused module's class, by the module's name."""
-    return {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, FusedLayer)}
+    return {row.module: row.fused for row in vitfast.report(model).replaced if row.fused}
 
 
 def kept_reasons(model: nn.Module) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Offer:
         kind: of replacement, see `vitfast.layers.KINDS`, or "model".
         mixins: fused layers, tried in this order.
         has: attributes that a module must have to be taken for one at all, by spaces.
-        examples: ways to call it; the first that the original takes is used.
+        examples: ways to call it; the first that the original takes is used, so the ones that show most stand first.
         decline: says why a given module must stay as it is, or None.
         concerns: says whether a given module does what the fused layer is for.
         rtol: of the comparison, relative to the largest number; where the original rounds to fp32 within, it is wider.
@@ -181,6 +181,12 @@ def asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(value is not None and value is not False for value in (*args, *kwargs.values()))
 
 
+def handed_on(original: type[nn.Module], behind: int) -> dict[str, Any]:
+    """The arguments of a forward behind the first ones, with their defaults."""
+    taken = list(inspect.signature(original.forward).parameters.values())[behind:]
+    return {parameter.name: parameter.default for parameter in taken}
+
+
 def beside(original: type[nn.Module], pattern: str) -> type[nn.Module]:
     """The class in a class's file, or in that of one which it is made of, whose name fits; else one that is unused.
 
@@ -255,11 +261,11 @@ FEATURES = (Call((), {}, "forward_features", backward=False),)
 def of_images(
     patch: Callable[[Any], Any], size: Callable[[Any], Any] | None = None, also: tuple[Call, ...] = ()
 ) -> tuple[Example, ...]:
-    """Examples for what reads images: of few patches, and where it takes none but those of its own size, of that.
+    """Examples for what reads images: of few patches and of its own size, or where it takes no other, of that alone.
 
     Args:
         patch: reads the size of a patch from the module.
-        size: reads the size of its images.
+        size: reads the size of its images, where that matters.
         also: further calls with the first images, as `Call((), kwargs, method)`.
     """
 
@@ -270,12 +276,12 @@ def of_images(
             *(Call((first,), call.kwargs, call.method, call.backward) for call in also),
         ]
 
+    def own(module: Any) -> list[Tensor]:
+        return [] if size is None else [pixels(module, 1, *pair(size(module)))]
+
     def small(module: Any) -> list[Call]:
         rows, cols = pair(patch(module))
-        return calls(pixels(module, 2, 2 * rows, 3 * cols), pixels(module, 1, 6 * rows, 7 * cols))
+        few, more = pixels(module, 2, 2 * rows, 3 * cols), pixels(module, 1, 6 * rows, 7 * cols)
+        return calls(few, more, *own(module))
 
-    def own(module: Any) -> list[Call]:
-        assert size is not None
-        return calls(pixels(module, 1, *pair(size(module))))
-
-    return (small,) if size is None else (small, own)
+    return (small, lambda module: calls(*own(module)))

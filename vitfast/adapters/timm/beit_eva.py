@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.layers
 import torch
@@ -10,7 +10,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from ... import attention_backends, kernels, layers
-from ..known import Rebuilt
+from ..known import Rebuilt, asked, handed_on
 from .parts import _PartBias
 
 
@@ -82,6 +82,9 @@ class FusedTimmEvaAttention(_PartBias, layers.FusedSplitAttention):
 
     num_prefix_tokens: int
     norm: Any
+    # not in every version
+    q_norm = property(lambda self: self._modules.get("q_norm", layers.IDENTITY))
+    k_norm = property(lambda self: self._modules.get("k_norm", layers.IDENTITY))
 
     def _form(self) -> Any:
         return layers.FusedSplitAttention if self.qkv is None else _PartBias
@@ -118,7 +121,7 @@ class FusedTimmEvaAttention(_PartBias, layers.FusedSplitAttention):
         if rope is None:
             return x
         prefix, rest = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
-        rest = apply_rot_embed_cat(rest, rope, half=getattr(self, "rotate_half", False))
+        rest = apply_rot_embed_cat(rest, rope, **({"half": True} if getattr(self, "rotate_half", False) else {}))
         return torch.cat([prefix, rest], dim=2).type_as(like)
 
     def merged(self, out: Tensor) -> Tensor:
@@ -130,12 +133,10 @@ class FusedTimmEvaAttention(_PartBias, layers.FusedSplitAttention):
         q, k, _ = self._form().query_key(self, x)
         return self._rotated(q, rope, q), self._rotated(k, rope, k), None
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal or layers.symbolic(x) or not self.fusable():
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        if asked(args, kwargs) or layers.symbolic(x) or not self.fusable():
+            return super().forward(x, rope, *args, **kwargs)  # type: ignore[misc]
         return self.fused(x, rope=rope)
 
 
@@ -152,14 +153,20 @@ class FusedTimmEvaBlock(_ScaledBlock):
         """The rotation."""
         return {"rope": rope}
 
+    # what a block takes and hands on to its attention beside the rotation, by name; versions differ
+    handed: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if original := vars(cls).get("replaces"):
+            cls.handed = handed_on(original, 3)
+
     def attend(self, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Call the attention with the keywords that timm's block gives it."""
-        return self.attn(x, rope=rope, attn_mask=None, is_causal=False)
+        return self.attn(x, rope=rope, **self.handed)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        if attn_mask is not None or is_causal or layers.symbolic(x):
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        if asked(args, kwargs) or layers.symbolic(x):
+            return super().forward(x, rope, *args, **kwargs)
         return self.fused(x, rope=rope)

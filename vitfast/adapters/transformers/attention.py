@@ -64,7 +64,7 @@ class _Attention(layers.FusedSplitAttention, Rebuilt):
     def beyond(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call asks for more than a softmax over all tokens: it is causal, say, or has a bias."""
         causal = kwargs.get("is_causal")
-        return (self.is_causal if causal is None else causal) or not _EXTRAS.isdisjoint(kwargs)
+        return (getattr(self, "is_causal", False) if causal is None else causal) or not _EXTRAS.isdisjoint(kwargs)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`[B, N, D]` to `([B, N, D], None)`; where a mask or the weights are asked for, it is the original's."""
@@ -139,6 +139,8 @@ class ViTSelfAttention(_Attention):
     v_proj = layers.alias("value")
     proj = layers.IDENTITY
     dropout_name = "dropout_prob"
+    # whether the output stands in a tuple alone, without a place for weights
+    alone = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """`[B, N, D]` to `([B, N, H * d], None)`."""
@@ -151,7 +153,14 @@ class ViTSelfAttention(_Attention):
             or not self.fusable()
         ):
             return super(_Attention, self).forward(hidden_states, *args, **kwargs)
-        return self.attended(hidden_states), None
+        out = self.attended(hidden_states)
+        return (out,) if self.alone else (out, None)
 
     def limits(self) -> list[str]:
         return [limit for limit in super().limits() if not limit.startswith("proj")]
+
+
+class LoneSelfAttention(ViTSelfAttention):
+    """Until 4.55."""
+
+    alone = True
