@@ -18,6 +18,7 @@ import vitfast
 from tests.vitfast._models import kept_reasons, timm_vit
 from vitfast.adapters import match, proved
 from vitfast.adapters.alike import alike
+from vitfast.adapters.twin import Twin
 
 
 class Attention(nn.Module):
@@ -162,7 +163,9 @@ def test_an_activation_counts_by_what_it_computes(change):
 
     assert proved.activation(GELU()) == "quick_gelu"
     assert proved.activation(Other()) is None
-    assert kept_reasons(vitfast.accelerate(nn.ModuleList([Mlp(act=Other())])))["0"] == "activation Other is in no epilogue"
+    assert (
+        kept_reasons(vitfast.accelerate(nn.ModuleList([Mlp(act=Other())])))["0"] == "activation Other is in no epilogue"
+    )
 
 
 def test_a_proof_is_kept_by_what_decides_it(monkeypatch):
@@ -250,7 +253,7 @@ def test_modules_on_the_meta_device(make):
 
 
 def test_a_twin_has_no_two_rows_alike():
-    twin = proved.Twin(nn.Linear(64, 4096), None)
+    twin = Twin(nn.Linear(64, 4096), None)
     assert len(torch.unique(twin.root.weight, dim=0)) == 4096
     assert twin.root.weight.dtype == torch.float64
 
@@ -315,5 +318,5 @@ def test_xcit_shows_rows():
 def test_a_method_held_by_a_module_is_the_twins():
     module = Attention()
     module.helper = types.MethodType(Attention.merge, module)
-    twin = proved.Twin(module, None)
+    twin = Twin(module, None)
     assert twin.root.helper.__self__ is twin.root

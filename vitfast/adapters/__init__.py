@@ -17,7 +17,7 @@ from torch import nn
 
 from ..layers import overridden
 from . import proved
-from .known import Declined, Match, Offer, around, stray_arguments
+from .known import Declined, Match, Offer, around, original_class, stray_arguments
 
 # first part of a class's module path -> adapter file
 _ADAPTERS = {
@@ -32,7 +32,7 @@ _ADAPTERS = {
 
 def match(module: nn.Module) -> Match | None:
     """What can be done with a module, fused or not; None where it is of no interest."""
-    kind = proved.original_class(type(module))
+    kind = original_class(type(module))
     offers, declined = _said_of(kind)
     found: Match | None = None
     for offer in offers:

@@ -48,5 +48,7 @@ def innermost(kinds: Mapping[str, str], taken: Mapping[str, str]) -> dict[str, s
     return {
         name: kind
         for name, kind in kinds.items()
-        if not any(other == kind and place != name and place.startswith(f"{name}." if name else "") for place, other in places)
+        if not any(
+            other == kind and place != name and place.startswith(f"{name}." if name else "") for place, other in places
+        )
     }

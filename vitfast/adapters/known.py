@@ -132,6 +132,12 @@ def around(mixin: type[Any], original: type[nn.Module]) -> type[nn.Module]:
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
+
+def original_class(kind: type[Any]) -> type[nn.Module]:
+    """The library's class behind a fused one, or the class itself."""
+    return getattr(kind, "replaces", kind)
+
+
 # of each class that something fused stands for: its `forward` and those of what it is made of, when that was proved
 PROVEN_FORWARDS: dict[type, tuple[Any, ...]] = {}
 
@@ -211,7 +217,9 @@ def stray_arguments(mixin: type[Any], original: type[nn.Module]) -> list[str]:
     names = [name for name, parameter in asked.items() if parameter.kind is not inspect.Parameter.VAR_POSITIONAL]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         # the first argument is given by position
-        return [name for name in names[2:] if name not in taken and asked[name].kind is not inspect.Parameter.VAR_KEYWORD]
+        return [
+            name for name in names[2:] if name not in taken and asked[name].kind is not inspect.Parameter.VAR_KEYWORD
+        ]
     return []
 
 

@@ -123,7 +123,12 @@ OFFERS = (
         rtol=3e-6,
     ),
     Offer(
-        "ResidualAttentionBlock", "block", (FusedOpenClipBlock,), "ln_1 attn ls_1 ln_2 mlp ls_2", (of_tokens,), rtol=3e-6
+        "ResidualAttentionBlock",
+        "block",
+        (FusedOpenClipBlock,),
+        "ln_1 attn ls_1 ln_2 mlp ls_2",
+        (of_tokens,),
+        rtol=3e-6,
     ),
     Offer(
         "VisionTransformer",

@@ -54,7 +54,6 @@ class FusedReferenceMlp(layers.FusedMlp, Rebuilt):
     """`vitfast.model.Mlp`."""
 
 
-
 class FusedReferenceBlock(layers.FusedBlock, Rebuilt):
     """`vitfast.model.Block`."""
 
@@ -115,7 +114,13 @@ OFFERS = (
     Offer("Attention", "attention", (FusedReferenceAttention,), "qkv proj head_dim", (of_tokens,), _decline_attention),
     Offer("Mlp", "mlp", (FusedReferenceMlp,), "fc1 act fc2", (of_tokens,), lambda m: decline_activation(m.act)),
     Offer("Block", "block", (FusedReferenceBlock,), "norm1 attn norm2 mlp", (of_tokens,)),
-    Offer("VisionTransformer", "model", (FusedReferenceVisionTransformer,), "patch_embed blocks norm", of_images(_patch, also=FEATURES)),
+    Offer(
+        "VisionTransformer",
+        "model",
+        (FusedReferenceVisionTransformer,),
+        "patch_embed blocks norm",
+        of_images(_patch, also=FEATURES),
+    ),
 )
 DECLINED = (
     Declined("GluMlp", "mlp", "gated MLP: no kernel has its gate in an epilogue"),

@@ -114,6 +114,4 @@ OFFERS = (
         of_images(_patch, also=(Call((), {"is_training": True}, backward=False),)),
     ),
 )
-DECLINED = (
-    Declined("SwiGLUFFN|SwiGLUFFNFused", "mlp", "gated MLP: no kernel has its gate in an epilogue", "w12 w3"),
-)
+DECLINED = (Declined("SwiGLUFFN|SwiGLUFFNFused", "mlp", "gated MLP: no kernel has its gate in an epilogue", "w12 w3"),)

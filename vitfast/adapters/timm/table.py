@@ -184,7 +184,9 @@ _POSITIONS = "relative positions from a module: no kernel reads them"
 DECLINED = (
     Declined("GluMlp|SwiGLU", "mlp", "gated MLP: no kernel has its gate in an epilogue"),
     Declined("DiffAttention", "attention", "differential attention: two softmaxes, no kernel"),
-    Declined("AttentionPoolLatent|AttentionPoolPrr", "attention", "attention pooling has one query and is not worth a kernel"),
+    Declined(
+        "AttentionPoolLatent|AttentionPoolPrr", "attention", "attention pooling has one query and is not worth a kernel"
+    ),
     Declined("HybridEmbed|HybridEmbedWithSize", "patch_embed", "convolutional stem: the kernel embeds pixels"),
     Declined("EvaBlockPostNorm|ResPostBlock", "block", _OTHER_BLOCK),
     Declined("ParallelScalingBlock|DiffParallelScalingBlock|ParallelThingsBlock", "block", _OTHER_BLOCK),

@@ -163,7 +163,7 @@ def _resized(module: Any) -> list[Call]:
 
 _ATTENTION = "config head_dim num_attention_heads q_proj k_proj v_proj o_proj scaling attention_dropout is_causal"
 _KEPT = "config attention_head_size num_attention_heads query key value scaling dropout_prob is_causal"
-_TOWER = "config num_heads head_dim q_proj k_proj v_proj out_proj scale dropout is_causal"
+_TOWER = "config num_heads head_dim q_proj k_proj v_proj out_proj scale dropout"
 _TOKENS = "patch_embeddings cls_token position_embeddings dropout"
 _IMAGES = of_images(_patch, _size)
 _EMBEDDED = (_IMAGES[0], _resized, _IMAGES[1])
@@ -214,9 +214,11 @@ OFFERS = (
         (ViTOutput,),
         "dense dropout",
         (_with_residual,),
-        concerns=lambda module: "input_tensor" in inspect.signature(type(module).forward).parameters
-        # BERT's has a norm behind it
-        and len(module._modules) == 2,
+        concerns=lambda module: (
+            "input_tensor" in inspect.signature(type(module).forward).parameters
+            # BERT's has a norm behind it
+            and len(module._modules) == 2
+        ),
     ),
     _block(f"{_BLOCK} lambda_1 relative_position_bias patch_size", BeitLayer, example=_of_beit),
     _block(f"{_BLOCK} window_size shift_size drop_path", SwinLayer, example=_of_map),
