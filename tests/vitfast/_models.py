@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 import vitfast
 from tests._close import assert_close
-from vitfast.layers import FusedLayer
 
 # odd enough that swapped sizes show: 3 x 4 patches, head width 12, two blocks
 TINY = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}

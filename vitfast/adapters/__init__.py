@@ -2,7 +2,7 @@
 
 One file per library. Each has `OFFERS`, fused layers by the names of the classes that they may stand for, and
 `DECLINED`, classes that do a replaceable module's work but have no fused layer, with the reason. A class counts once
-its own module proved to compute the same (`proved.py`), whatever the library's version and whoever copied or changed it.
+its own module proved to compute the same (`proved.py`), in whatever version, and whoever copied or changed it.
 A file is imported when a model holds a class of its library, so nothing here imports a library that the user has not.
 """
 
@@ -33,7 +33,7 @@ _ADAPTERS = {
 def match(module: nn.Module) -> Match | None:
     """What can be done with a module, fused or not; None where it is of no interest."""
     kind = original_class(type(module))
-    offers, declined = _said_of(kind)
+    offers, declined = _said_of(kind)  # type: ignore[arg-type]
     found: Match | None = None
     for offer in offers:
         if not offer.takes(module):

@@ -16,12 +16,18 @@ from .twin import INTERNAL, is_rate, tree
 
 
 def decides(module: nn.Module, held: nn.Module | None) -> Any:
+    """Something hashable that is equal for modules of which one proof holds.
+
+    Args:
+        module: it is only read.
+        held: the module inside it whose blocks are stood in for, if any.
+    """
     parts = list(tree(module, held))
     kinds = list(dict.fromkeys(original_class(type(part)) for _, part in parts))
-    facts = [facts(kind) for kind in kinds]
-    names = frozenset(chain.from_iterable(mentioned for _, mentioned in facts))
+    read = [facts(kind) for kind in kinds]
+    names = frozenset(chain.from_iterable(mentioned for _, mentioned in read))
     described = tuple((name, original_class(type(part)), _shapes(part), _options(part, names)) for name, part in parts)
-    return tuple(functions for functions, _ in facts), described
+    return tuple(functions for functions, _ in read), described
 
 
 def _shapes(module: nn.Module) -> Any:

@@ -1,12 +1,12 @@
-"""A class counts when it is proved: a module, plain and fused, gives the same on a small example, and so do its gradients.
+"""A class counts when it is proved: a module, plain and fused, gives the same on a small example, and so do gradients.
 
 The proof runs on a twin: the module's own classes, structure, options and shapes, with random parameters in float64 on
 the CPU, without hooks. It is run in evaluation and in training, with every dropout off and with every dropout on (both
 see the same random numbers), for all calls of the example. The twin's fused layers compute by the kernels' references.
 
 What is found is kept under everything that decides it: the functions of the module's classes and the helpers that these
-mention, the options that they read, shapes, and the fused layer. So layers that differ in nothing of that share a proof,
-and a function that somebody exchanges later asks for another.
+mention, the options that they read, shapes, and the fused layer. So layers that differ in nothing of that share a
+proof, and a function that somebody exchanges later asks for another.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def prove(module: nn.Module, offer: Offer, mixin: type[Any], match: Callable[[nn
         match: says what stands for the modules inside it.
     """
     held = _blocks(mixin, module) if issubclass(mixin, FusedModel) else None
-    key = (mixin, offer.examples, decides(module, held))
+    key = (mixin, offer, decides(module, held))
     if key not in _verdicts:
         if len(_verdicts) >= 4096:
             _verdicts.clear()
@@ -224,8 +224,8 @@ def _activation(module: nn.Module) -> str | None:
             twin.remember()
             found = []
             for training in (False, True):
-                y, _, (grad, *_) = twin.run([Call((x,))], Run(training, None, "vectors"))
-                found += [y[0], grad]
+                (out, *_), _, (grad, *_) = twin.run([Call((x,))], Run(training, None, "vectors"))
+                found += [out, grad]
             for name in kernels.ACTIVATIONS[1:]:
                 y = kernels.linear_ref(x[:, None], torch.eye(1, dtype=x.dtype), None, name, None, None, False)[:, 0]
                 (grad,) = torch.autograd.grad((y * ramp(y)).sum(), x)

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,13 +144,16 @@ class Twin:
             for name, p in module._parameters.items()
         }
         own["_buffers"] = {
-            name: b if b is None else self._once(b, lambda b, name=name: self._buffer(module, name, b))
+            name: b if b is None else self._once(b, partial(self._buffer, module, name))
             for name, b in module._buffers.items()
         }
         if module is held:
             own["_modules"] = {"0": StandIn(), "1": StandIn()}
         else:
             own["_modules"] = {name: m and self._twins[id(m)] for name, m in module._modules.items()}
+
+    def _parameter(self, parameter: Tensor) -> Tensor:
+        return nn.Parameter(self._numbers(parameter), requires_grad=parameter.is_floating_point())
 
     def _once(self, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         if id(tensor) not in self._tensors:
@@ -194,22 +198,19 @@ class Twin:
             return True
         return False
 
+    def _tensor(self, x: Tensor) -> Tensor:
+        if x.is_meta:
+            return self._numbers(x)
+        x = x.detach().cpu()
+        return x.double() if x.is_floating_point() else x
+
     def _copied(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
             if id(value) not in self._twins:
                 raise Unproved(f"holds a {type(value).__name__} that is no part of it")
             return self._twins[id(value)]
         if isinstance(value, Tensor):
-            return self._once(
-                value,
-                lambda x: (
-                    self._numbers(x)
-                    if x.is_meta
-                    else x.detach().cpu().double()
-                    if x.is_floating_point()
-                    else x.detach().cpu()
-                ),
-            )
+            return self._once(value, self._tensor)
         if type(value) in (list, tuple, set):
             return type(value)(map(self._copied, value))
         if type(value) is dict:
@@ -225,6 +226,7 @@ class Twin:
     def fuse(self, mixin: type[Any], match: Callable[[nn.Module], Match | None]) -> None:
         """Decide what runs in the place of what: as a whole, and inside."""
         for part in self.modules:
+            fused: type[nn.Module] | None
             if part is self.root:
                 fused = around(mixin, type(part))
             elif isinstance(part, StandIn):
@@ -295,6 +297,7 @@ class Twin:
 
 
 def ramp(x: Tensor) -> Tensor:
+    """Weights for a sum of a tensor's numbers, in which no two count the same."""
     return torch.linspace(0.0, 7.0, x.numel(), dtype=x.dtype).cos().view(x.shape)
 
 

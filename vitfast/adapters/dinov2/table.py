@@ -1,4 +1,4 @@
-"""DINOv2's own classes, and what else projects carry along as copies under their own module paths: timm's, MAE's, BEiT's.
+"""DINOv2's own classes, and what else projects carry along as copies under their own paths: timm's, MAE's, BEiT's.
 
 No package of theirs can be imported here, so a class is offered by its name and by its attributes.
 

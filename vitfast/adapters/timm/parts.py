@@ -57,7 +57,7 @@ class Scaled(layers.FusedAttention, Rebuilt):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        vars(self)["scale"] = value
+        self.__dict__["scale"] = value
 
 
 class _PartBias(Scaled):

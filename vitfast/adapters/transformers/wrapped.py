@@ -74,8 +74,8 @@ class _Halves(layers.FusedMlp):
     def __init__(self, block: Any) -> None:
         first, second = block.intermediate, block.output
         # a view: what looks for hooks finds none, since the block has looked at both
-        vars(self).update(vars(nn.Identity()))
-        vars(self).update(
+        self.__dict__.update(vars(nn.Identity()))
+        self.__dict__.update(
             fc1=first.dense, act=first.intermediate_act_fn, fc2=second.dense, drop2=second.dropout, tf32=block.tf32
         )
 
