@@ -273,7 +273,7 @@ def of_images(
 
     Args:
         patch: reads the size of a patch from the module.
-        size: reads the size of its images, where that matters.
+        size: reads the size of its images, where that matters; it may have none.
         also: further calls with the first images, as `Call((), kwargs, method)`.
     """
 
@@ -285,7 +285,8 @@ def of_images(
         ]
 
     def own(module: Any) -> list[Tensor]:
-        return [] if size is None else [pixels(module, 1, *pair(size(module)))]
+        own_size = None if size is None else size(module)
+        return [] if own_size is None else [pixels(module, 1, *pair(own_size))]
 
     def small(module: Any) -> list[Call]:
         rows, cols = pair(patch(module))

@@ -152,7 +152,6 @@ def _largest(x: Tensor) -> float:
 
 
 def _close(a: Any, b: Any, rtol: float, atol: float = 0.0) -> bool:
-    """Compares, and overwrites the first."""
     if a is None or b is None:
         # an unused parameter's gradient
         return all(x is None or not isinstance(x, Tensor) or _largest(x) == 0.0 for x in (a, b)) if atol else a is b
@@ -163,7 +162,7 @@ def _close(a: Any, b: Any, rtol: float, atol: float = 0.0) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     size = _largest(b)
-    error = _largest(a.detach().sub_(b.detach())) if a.numel() else 0.0
+    error = _largest(a.detach() - b.detach()) if a.numel() else 0.0
     # a NaN is no number that is near
     return error <= max(rtol * size, atol)
 

@@ -149,7 +149,7 @@ def _patch(module: Any) -> Any:
 
 
 def _size(module: Any) -> Any:
-    return getattr(module, "image_size", None) or module.patch_embeddings.image_size
+    return getattr(module, "image_size", None) or getattr(getattr(module, "patch_embeddings", None), "image_size", None)
 
 
 def _resized(module: Any) -> list[Call]:
