@@ -38,7 +38,7 @@ def match(module: nn.Module) -> Match | None:
     for offer in offers:
         if not offer.takes(module):
             continue
-        reason = "; ".join(overridden(module)) or offer.decline(module)
+        reason = "; ".join(overridden(module)) or _sharded(kind) or offer.decline(module)
         if reason:
             return Match(offer.kind, None, reason)
         for mixin in offer.mixins:
@@ -51,6 +51,12 @@ def match(module: nn.Module) -> Match | None:
         if all(hasattr(module, name) for name in known.has.split()):
             return Match(known.kind, None, known.reason)
     return found
+
+
+def _sharded(kind: type) -> str | None:
+    if any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
+        return "its class is one of torch.distributed's, made around the library's: accelerate before sharding"
+    return None
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -77,19 +77,26 @@ def _try(module: nn.Module, offer: Offer, mixin: type[Any], match: Any, held: nn
         try:
             twin = Twin(module, held)
             twin.fuse(mixin, match)
-            for setting in offer.settings:
+            for i, setting in enumerate(offer.settings):
                 with setting(twin.root):
                     twin.remember()
-                    if reason := _tried(twin, offer, mixin):
-                        return reason
+                    try:
+                        reason = _tried(twin, offer, mixin, _runs(twin, offer) if i == 0 else _FEW)
+                    except Unproved:
+                        # what fails under a further setting fails in the original
+                        if i == 0:
+                            raise
+                        continue
+                if reason:
+                    return reason
         except Unproved as error:
             return str(error)
     return None
 
 
-def _tried(twin: Twin, offer: Offer, mixin: type[Any]) -> str | None:
+def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run]) -> str | None:
     calls, expected = _example(twin, offer)
-    for run in _runs(twin):
+    for run in runs:
         if run.training:
             expected = twin.run(calls, run)
         try:
@@ -105,9 +112,14 @@ def _tried(twin: Twin, offer: Offer, mixin: type[Any]) -> str | None:
 _EVALUATION = Run(False, None, "vectors")
 
 
-def _runs(twin: Twin) -> Iterator[Run]:
+# what a further setting is tried in
+_FEW = (_EVALUATION, Run(True, frozenset(), "vectors"))
+
+
+def _runs(twin: Twin, offer: Offer) -> Iterator[Run]:
     yield _EVALUATION
-    yield Run(True, frozenset(), "all")
+    # a block's matrices are those of its branches, which are proved by themselves
+    yield Run(True, frozenset(), "vectors" if offer.kind in ("block", "model") else "all")
     places = dict.fromkeys(place for place, _, _ in twin.rates)
     if places:
         yield Run(True, None, "vectors")
