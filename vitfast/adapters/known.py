@@ -160,10 +160,7 @@ class Rebuilt:
         if "replaces" not in vars(kind):
             # a class that somebody made around it
             return super().__reduce_ex__(protocol)
-        return _rebuild, (kind.__bases__[0], kind.replaces), self.__getstate__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        return _rebuild, (kind.__bases__[0], kind.replaces), self.__getstate__()  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]

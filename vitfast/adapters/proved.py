@@ -73,28 +73,39 @@ def _blocks(mixin: type[Any], module: nn.Module) -> nn.Module:
 
 
 def _try(module: nn.Module, offer: Offer, mixin: type[Any], match: Any, held: nn.Module | None) -> str | None:
+    why = None
     with _apart():
-        try:
-            twin = Twin(module, held)
-            twin.fuse(mixin, match)
-            for i, setting in enumerate(offer.settings):
-                with setting(twin.root):
-                    twin.remember()
-                    try:
-                        reason = _tried(twin, offer, mixin, _runs(twin, offer) if i == 0 else _FEW)
-                    except Unproved:
-                        # what fails under a further setting fails in the original
-                        if i == 0:
-                            raise
-                        continue
-                if reason:
-                    return reason
-        except Unproved as error:
-            return str(error)
+        # what computes in fp32 whatever it is given has parameters of that dtype alone
+        for dtype, rtol in ((torch.float64, offer.rtol), (torch.float32, max(offer.rtol, _SINGLE))):
+            try:
+                twin = Twin(module, held, dtype)
+                twin.fuse(mixin, match)
+                return _under_all(twin, offer, mixin, rtol)
+            except Unproved as error:
+                why = why or str(error)
+    return why
+
+
+_SINGLE = 3e-5
+
+
+def _under_all(twin: Twin, offer: Offer, mixin: type[Any], rtol: float) -> str | None:
+    for i, setting in enumerate(offer.settings):
+        with setting(twin.root):
+            twin.remember()
+            try:
+                reason = _tried(twin, offer, mixin, _runs(twin, offer) if i == 0 else _FEW, rtol)
+            except Unproved:
+                # what fails under a further setting fails in the original
+                if i == 0:
+                    raise
+                continue
+        if reason:
+            return reason
     return None
 
 
-def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run]) -> str | None:
+def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run], rtol: float) -> str | None:
     calls, expected = _example(twin, offer)
     for run in runs:
         if run.training:
@@ -104,7 +115,7 @@ def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run]) -> s
                 actual = twin.run(calls, run)
         except Exception as error:
             return f"{mixin.__name__} fails in {run}: {_brief(error)}"
-        if what := _differ(actual, expected, offer.rtol):
+        if what := _differ(actual, expected, rtol):
             return f"{_OTHER}{mixin.__name__}: {what} in {run}"
     return None
 
@@ -120,12 +131,16 @@ def _runs(twin: Twin, offer: Offer) -> Iterator[Run]:
     yield _EVALUATION
     # a block's matrices are those of its branches, which are proved by themselves
     yield Run(True, frozenset(), "vectors" if offer.kind in ("block", "model") else "all")
-    places = dict.fromkeys(place for place, _, _ in twin.rates)
+    places = frozenset(place for place, _, _ in twin.rates)
     if places:
         yield Run(True, None, "vectors")
-    if len(places) > 1:
-        # with another dropout on, a fused layer may leave all to the original
-        yield from (Run(True, frozenset((place,)), "none") for place in places)
+    # with dropout in the softmax a fused layer leaves all to the original: the rest is tried without
+    if offer.kind == "attention" and len(places) > 1:
+        yield from (Run(True, frozenset((place,)), "none") for place in sorted(places))
+    elif offer.kind == "block":
+        rest = frozenset(place for place in places if "att" not in place)
+        if rest and rest != places:
+            yield Run(True, rest, "none")
 
 
 def _example(twin: Twin, offer: Offer) -> tuple[list[Call], Any]:
@@ -231,7 +246,7 @@ def _activation(module: nn.Module) -> str | None:
     with _apart():
         try:
             x = torch.linspace(-9.0, 9.0, 4001, dtype=torch.float64).requires_grad_()
-            twin = Twin(module, None)
+            twin = Twin(module, None, torch.float64)
             twin.remember()
             found = []
             for training in (False, True):

@@ -90,17 +90,19 @@ class Twin:
     Args:
         module: the original; it is only read.
         held: the module inside it whose blocks are stood in for, if any.
+        dtype: of its numbers.
 
     Raises:
         Unproved: no twin of it can be made.
     """
 
-    def __init__(self, module: nn.Module, held: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module, held: nn.Module | None, dtype: torch.dtype = torch.float64) -> None:
+        self._dtype = dtype
         self._twins: dict[int, Any] = {}
         self._to_refill: dict[Any, None] = {}
         self._count = 0
         self._tensors: dict[int, Tensor] = {}
-        self._bank = torch.randn(_BANK, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        self._bank = torch.randn(_BANK, dtype=dtype, generator=torch.Generator().manual_seed(1))
         for _, part in tree(module, held):
             self._twins[id(part)] = object.__new__(original_class(type(part)))
         for _, part in tree(module, held):
@@ -178,9 +180,9 @@ class Twin:
     def _buffer(self, module: nn.Module, name: str, buffer: Tensor) -> Tensor:
         if not buffer.is_meta:
             buffer = buffer.detach().cpu().clone()
-            return buffer.double() if buffer.is_floating_point() else buffer
+            return buffer.to(self._dtype) if buffer.is_floating_point() else buffer
         if buffer.is_floating_point():
-            return torch.zeros(buffer.shape, dtype=torch.float64) if self._refills(module) else self._numbers(buffer)
+            return torch.zeros(buffer.shape, dtype=self._dtype) if self._refills(module) else self._numbers(buffer)
         if name == "position_ids":
             return torch.arange(buffer.numel()).view(buffer.shape)
         makes = getattr(self._twins[id(module)], "_create_relative_position_index", None)
@@ -202,7 +204,7 @@ class Twin:
         if x.is_meta:
             return self._numbers(x)
         x = x.detach().cpu()
-        return x.double() if x.is_floating_point() else x
+        return x.to(self._dtype) if x.is_floating_point() else x
 
     def _copied(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
@@ -266,7 +268,7 @@ class Twin:
         def given(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            leaf = leaves.setdefault(id(x), x.detach().requires_grad_())
+            leaf = leaves.setdefault(id(x), x.detach().to(self._dtype).requires_grad_())
             return clones.setdefault(id(x), leaf.clone())
 
         outputs, differentiated = [], []
