@@ -233,7 +233,7 @@ def test_attention_for_xformers(monkeypatch):
     monkeypatch.setattr(_dinov2, "XFORMERS_AVAILABLE", True)
     fused = vitfast.accelerate(dino())
     assert not hasattr(_dinov2, "memory_efficient_attention")
-    assert fused_names(fused)["blocks.0.attn"] == "DinoAttention"
+    assert fused_names(fused)["blocks.0.attn"] == "DinoFixedAttention"
     seen = []
     monkeypatch.setattr(_dinov2, "memory_efficient_attention", lambda q, *a, **k: seen.append(k) or q, raising=False)
     torch.testing.assert_close(fused(images(*X)), dino(attn_class=_dinov2.Attention)(images(*X)), rtol=1e-4, atol=1e-5)
@@ -279,10 +279,6 @@ def _undropped_relu(self, x):
     return self.fc2(self.act(self.fc1(x)).relu())
 
 
-def _raw(self, x):
-    return self.proj(x).flatten(2).transpose(1, 2)
-
-
 CHANGED = {
     "attention hands out its map": (_dinov2.Attention, "Attention", _with_map),
     "attention without scale": (_dinov2.Attention, "Attention", _unscaled),
@@ -292,7 +288,6 @@ CHANGED = {
     "block that scales in evaluation": (_dinov2.Block, "Block", _always_dropped),
     "nested block that is no such thing": (_dinov2.Block, "NestedTensorBlock", _post_norm),
     "MLP with a ReLU more": (_dinov2.Mlp, "Mlp", _undropped_relu),
-    "patch embedding without norm": (_dinov2.PatchEmbed, "PatchEmbed", _raw),
 }
 
 

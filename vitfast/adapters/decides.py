@@ -11,21 +11,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers import FusedMlp, FusedSplitAttention
 from .known import original_class
 from .twin import INTERNAL, is_rate, tree
 
 
-def decides(module: nn.Module, held: nn.Module | None) -> Any:
+def decides(module: nn.Module, held: nn.Module | None, mixin: type[Any]) -> Any:
     """Something hashable that is equal for modules of which one proof holds.
 
     Args:
         module: it is only read.
         held: the module inside it whose blocks are stood in for, if any.
+        mixin: of the fused layer, which may read options that the original does not.
     """
     parts = list(tree(module, held))
     kinds = list(dict.fromkeys(original_class(type(part)) for _, part in parts))
     read = [facts(kind) for kind in kinds]
-    names = frozenset(chain.from_iterable(mentioned for _, mentioned in read))
+    names = frozenset(chain.from_iterable(mentioned for _, mentioned in (*read, *map(facts, (mixin, *_INSIDE)))))
     described = tuple((name, original_class(type(part)), _shapes(part), _options(part, names)) for name, part in parts)
     return tuple(functions for functions, _ in read), described
 
@@ -66,6 +68,10 @@ def _frozen(value: Any, names: frozenset[str], depth: int = 0) -> Any:
     return type(value), value
 
 
+# whatever of these stands inside a block reads its own options
+_INSIDE = (FusedSplitAttention, FusedMlp)
+
+
 class _Memo(threading.local):
     facts: dict[type, Any] | None = None
 
@@ -83,7 +89,7 @@ def at_once() -> Iterator[None]:
         _memo.facts = before
 
 
-def facts(kind: type[nn.Module]) -> tuple[Any, frozenset[str]]:
+def facts(kind: type[Any]) -> tuple[Any, frozenset[str]]:
     """What a class runs, by identity, with the helpers that it mentions; and all names that stand in there."""
     memo = {} if _memo.facts is None else _memo.facts
     if kind not in memo:

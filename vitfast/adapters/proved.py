@@ -40,7 +40,7 @@ def prove(module: nn.Module, offer: Offer, mixin: type[Any], match: Callable[[nn
         match: says what stands for the modules inside it.
     """
     held = _blocks(mixin, module) if issubclass(mixin, FusedModel) else None
-    key = (mixin, offer, decides(module, held))
+    key = (mixin, offer, decides(module, held, mixin))
     if key not in _verdicts:
         if len(_verdicts) >= 4096:
             _verdicts.clear()
