@@ -111,10 +111,12 @@ def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run], rtol
         if run.training:
             expected = twin.run(calls, run)
         try:
-            with twin.fused():
+            with twin.fused(), kernels.by_reference() as called:
                 actual = twin.run(calls, run)
         except Exception as error:
             return f"{mixin.__name__} fails in {run}: {_brief(error)}"
+        if run is _EVALUATION and not called and offer.kind not in ("block", "model"):
+            return f"{mixin.__name__} leaves all to the original"
         if what := _differ(actual, expected, rtol):
             return f"{_OTHER}{mixin.__name__}: {what} in {run}"
     return None
