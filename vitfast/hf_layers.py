@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import kernels
+from .adapters.proved import activation
 from .adapters.transformers.mlp import ViTMLP as _FusedMLP
 from .layers import hooked, plain_linear
 
@@ -82,4 +83,10 @@ def mapping(devices: Sequence[str] = ("cuda",)) -> dict[str, dict[str, Layer]]:
     Args:
         devices: such as "cuda", "rocm" or "cpu"; on a CPU the layers run torch's own calls.
     """
+    from transformers.activations import ACT2FN
+
+    for name in ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "quick_gelu"):
+        if name in ACT2FN:
+            # the layers look where what is proved stands
+            activation(ACT2FN[name])
     return {name: dict.fromkeys(devices, Layer(layer)) for name, layer in LAYERS.items()}
