@@ -26,14 +26,18 @@ _thread = threading.local()
 
 
 @contextmanager
-def by_reference() -> Iterator[None]:
-    """In this thread, while open, CPU tensors go to the references under Triton's interpreter too."""
-    before = interprets()
-    _thread.interprets = False
+def by_reference() -> Iterator[list[str]]:
+    """In this thread, while open, CPU tensors go to the references under Triton's interpreter too.
+
+    Yields:
+        The names of the operators that are called, as they are called.
+    """
+    before = interprets(), getattr(_thread, "called", None)
+    _thread.interprets, _thread.called = False, []
     try:
-        yield
+        yield _thread.called
     finally:
-        _thread.interprets = before
+        _thread.interprets, _thread.called = before
 
 
 def interprets() -> bool:
@@ -86,6 +90,8 @@ def kernel_op(
         def call(*args: Any) -> Any:
             if not interprets() and args[0].is_cpu and not torch.compiler.is_compiling():
                 check(*args)
+                if (called := getattr(_thread, "called", None)) is not None:
+                    called.append(name)
                 return reference(*args)
             return op(*args)
 

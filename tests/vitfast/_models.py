@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 import vitfast
 from tests._close import assert_close
-from vitfast.layers import FusedLayer
 
 # odd enough that swapped sizes show: 3 x 4 patches, head width 12, two blocks
 TINY = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
@@ -130,7 +129,7 @@ BUILDERS = {"reference": reference, "timm": timm_vit}
 
 def fused_names(model: nn.Module) -> dict[str, str]:
     """Name of each fused module's class, by the module's name."""
-    return {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, FusedLayer)}
+    return {row.module: row.fused for row in vitfast.report(model).replaced if row.fused}
 
 
 def kept_reasons(model: nn.Module) -> dict[str, str]:

@@ -288,7 +288,7 @@ def test_loaded_in_a_fresh_process(build, tmp_path):
         # the stub that lets timm be imported beside a CPU build of torch
         "import tests.conftest, torch, sys\n"
         "saved = torch.load(sys.argv[1], weights_only=False)\n"
-        "assert type(saved['model'].blocks[0]).__name__.startswith('Fused')\n"
+        "assert repr(saved['model'].blocks[0]).startswith('Fused')\n"
         "torch.testing.assert_close(saved['model'](saved['x']), saved['y'])\n"
         "import vitfast\n"
         "vitfast.restore(saved['model'])\n"
@@ -495,7 +495,7 @@ def test_fully_sharded(build, gloo, order):
     if order == "shard, accelerate":
         # the classes are FSDP's own now: what it has not touched can be replaced
         vitfast.accelerate(fused)
-        assert "unknown subclass of Block" in str(vitfast.report(fused))
+        assert "accelerate before sharding" in str(vitfast.report(fused))
     assert "blocks.0.attn" in fused_names(fused)
     torch.testing.assert_close(_step(fused, images(*X)), _step(plain, images(*X)), rtol=1e-4, atol=1e-5)
 

@@ -167,7 +167,7 @@ def test_wide_heads_are_declined():
 
 
 @pytest.mark.parametrize("kind", ["patch_embed", "layer_norm", "attention", "mlp", "block"])
-def test_a_subclass_is_declined(kind):
+def test_a_changed_subclass_is_declined(kind):
     # a user's own forward must go on being called, whichever class it refines
     model = reference()
     victims = {
@@ -189,7 +189,7 @@ def test_a_subclass_is_declined(kind):
     fused = vitfast.accelerate(model)
     assert type(victim) is Doubled
     name = next(name for name, module in fused.named_modules() if module is victim)
-    assert kept_reasons(fused)[name] == f"unknown subclass of {original.__name__}"
+    assert kept_reasons(fused)[name].startswith("computes something else than Fused")
     assert_same(plain, fused, images(2, 3, 24, 32))
 
 

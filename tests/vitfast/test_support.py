@@ -329,8 +329,6 @@ def _kept(pair: Pair) -> list[str]:
     rows = vitfast.report(pair.architecture.tower(pair.fused)).kept
     # the page has a "; " between two notes
     notes = [f"{row.kind}: {row.note}".replace("; ", ", ") for row in rows]
-    if _left_alone(pair) and not any(row.kind in ("attention", "block") for row in rows):
-        notes.insert(0, "attention: of no class that is known here")
     return list(dict.fromkeys(notes))
 
 

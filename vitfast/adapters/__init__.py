@@ -2,7 +2,7 @@
 
 One file per library. Each has `OFFERS`, fused layers by the names of the classes that they may stand for, and
 `DECLINED`, classes that do a replaceable module's work but have no fused layer, with the reason. A class counts once
-its own module proved to compute the same (`proved.py`), whatever the version and whoever copied or changed it.
+its own module proved to compute the same (`proved.py`), in whatever version, and whoever copied or changed it.
 A file is imported when a model holds a class of its library, so nothing here imports a library that the user has not.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..layers import overridden
 from . import proved
-from .known import Declined, Match, Offer, around, stray_arguments
+from .known import Declined, Match, Offer, around, original_class, stray_arguments
 
 # first part of a class's module path -> adapter file
 _ADAPTERS = {
@@ -32,16 +32,13 @@ _ADAPTERS = {
 
 def match(module: nn.Module) -> Match | None:
     """What can be done with a module, fused or not; None where it is of no interest."""
-    kind = proved.original_class(type(module))
-    offers, declined = _said_of(kind)
+    kind = original_class(type(module))
+    offers, declined = _said_of(kind)  # type: ignore[arg-type]
     found: Match | None = None
     for offer in offers:
         if not offer.takes(module):
             continue
-        reason = "; ".join(overridden(module)) or offer.decline(module)
-        if hasattr(module, "parametrizations"):
-            # torch makes a class for each such object, and takes that apart again
-            reason = "is parametrised"
+        reason = "; ".join(overridden(module)) or _made_for_one(module) or offer.decline(module)
         if reason:
             return Match(offer.kind, None, reason)
         for mixin in offer.mixins:
@@ -54,6 +51,15 @@ def match(module: nn.Module) -> Match | None:
         if all(hasattr(module, name) for name in known.has.split()):
             return Match(known.kind, None, known.reason)
     return found
+
+
+def _made_for_one(module: nn.Module) -> str | None:
+    """Why a class that torch made around a library's, for this object alone, stays: torch takes it apart again."""
+    if hasattr(module, "parametrizations"):
+        return "is parametrised"
+    if any(base.__module__.startswith("torch.distributed.") for base in type(module).__mro__):
+        return "its class is one of torch.distributed's, made around the library's: accelerate before sharding"
+    return None
 
 
 @functools.cache

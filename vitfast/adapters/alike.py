@@ -45,10 +45,12 @@ def innermost(kinds: Mapping[str, str], taken: Mapping[str, str]) -> dict[str, s
         taken: kinds of the modules that are replaced, or are known and left alone, by name.
     """
     places = [*kinds.items(), *taken.items()]
+
+    def inside(name: str, place: str) -> bool:
+        return place != name and place.startswith(f"{name}." if name else "")
+
     return {
         name: kind
         for name, kind in kinds.items()
-        if not any(
-            other == kind and place != name and place.startswith(f"{name}." if name else "") for place, other in places
-        )
+        if not any(other == kind and inside(name, place) for place, other in places)
     }

@@ -58,7 +58,7 @@ class Offer:
         kind: of replacement, see `vitfast.layers.KINDS`, or "model".
         mixins: fused layers, tried in this order.
         has: attributes that a module must have to be taken for one at all, by spaces.
-        examples: ways to call it; the first that the original takes is used.
+        examples: ways to call it; the first that the original takes is used, so the ones that show most stand first.
         decline: says why a given module must stay as it is, or None.
         concerns: says whether a given module does what the fused layer is for.
         rtol: of the comparison, relative to the largest number; where the original rounds to fp32 within, it is wider.
@@ -138,6 +138,11 @@ def around(mixin: type[Any], original: type[nn.Module]) -> type[nn.Module]:
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
+def original_class(kind: type[Any]) -> type[nn.Module]:
+    """The library's class behind a fused one, or the class itself."""
+    return getattr(kind, "replaces", kind)
+
+
 def mixin_name(fused: type[nn.Module]) -> str:
     """The name of the mix-in that a fused class is made of, whoever made a class around it since."""
     return next(kind.__bases__[0].__name__ for kind in fused.__mro__ if "replaces" in vars(kind))
@@ -151,10 +156,7 @@ class Rebuilt:
         if "replaces" not in vars(kind):
             # a class that somebody made around it
             return super().__reduce_ex__(protocol)
-        return _rebuild, (kind.__bases__[0], kind.replaces), self.__getstate__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        return _rebuild, (kind.__bases__[0], kind.replaces), self.__getstate__()  # type: ignore[attr-defined]
 
     def _get_name(self) -> str:
         # for `repr`
@@ -173,6 +175,12 @@ def asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def without_proxies(more: Any) -> Any:
     """Further arguments; where `torch.fx` traces a root it puts a proxy in their place, and there are none."""
     return () if isinstance(more, Proxy) and "**" not in more.node.target else {} if isinstance(more, Proxy) else more
+
+
+def handed_on(original: type[nn.Module], behind: int) -> dict[str, Any]:
+    """The arguments of a forward behind the first ones, with their defaults."""
+    taken = list(inspect.signature(original.forward).parameters.values())[behind:]
+    return {parameter.name: parameter.default for parameter in taken}
 
 
 def stray_arguments(mixin: type[Any], original: type[nn.Module]) -> list[str]:
@@ -237,11 +245,11 @@ FEATURES = (Call((), {}, "forward_features", backward=False),)
 def of_images(
     patch: Callable[[Any], Any], size: Callable[[Any], Any] | None = None, also: tuple[Call, ...] = ()
 ) -> tuple[Example, ...]:
-    """Examples for what reads images: of few patches, and where it takes none but those of its own size, of that.
+    """Examples for what reads images: of few patches and of its own size, or where it takes no other, of that alone.
 
     Args:
         patch: reads the size of a patch from the module.
-        size: reads the size of its images.
+        size: reads the size of its images, where that matters; it may have none.
         also: further calls with the first images, as `Call((), kwargs, method)`.
     """
 
@@ -252,12 +260,13 @@ def of_images(
             *(Call((first,), call.kwargs, call.method, call.backward) for call in also),
         ]
 
+    def own(module: Any) -> list[Tensor]:
+        own_size = None if size is None else size(module)
+        return [] if own_size is None else [pixels(module, 1, *pair(own_size))]
+
     def small(module: Any) -> list[Call]:
         rows, cols = pair(patch(module))
-        return calls(pixels(module, 2, 2 * rows, 3 * cols), pixels(module, 1, 6 * rows, 7 * cols))
+        few, more = pixels(module, 2, 2 * rows, 3 * cols), pixels(module, 1, 6 * rows, 7 * cols)
+        return calls(few, more, *own(module))
 
-    def own(module: Any) -> list[Call]:
-        assert size is not None
-        return calls(pixels(module, 1, *pair(size(module))))
-
-    return (small,) if size is None else (small, own)
+    return (small, lambda module: calls(*own(module)))

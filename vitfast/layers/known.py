@@ -101,22 +101,30 @@ def _rate_name(kind: Any) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _epilogue(kind: Any, approximate: str | None) -> str | None:
-    key = (kind, approximate)
+    key = (kind, kind.forward, approximate)
     if key not in _epilogues:
         _epilogues[key] = None
         if "GELU" in kind.__name__.upper():
             try:
                 with apart():
-                    x = torch.linspace(-9, 9, 999, dtype=torch.double)
                     module = kind() if approximate is None else kind(approximate=approximate)
-                    out = [module.train(mode).forward(x.clone()) for mode in (False, True)]
+                    found = [_curve(module.train(mode).forward) for mode in (False, True)]
                     for name, function in _ACTIVATIONS.items():
                         # Transformers writes the constant of the tanh form with ten digits
-                        if all(torch.allclose(y, function(x), rtol=0, atol=1e-8) for y in out):
+                        if all(torch.allclose(curve, _curve(function), rtol=0, atol=1e-8) for curve in found):
                             _epilogues[key] = name
             except Exception:  # an activation that wants more to be made
                 pass
     return _epilogues[key]
+
+
+def _curve(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Values and slopes."""
+    x = torch.linspace(-9, 9, 999, dtype=torch.double, requires_grad=True)
+    with torch.enable_grad():
+        y = function(x * 1.0)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+    return torch.stack((y.detach(), slope))
 
 
 def epilogue(module: Any) -> str | None:

@@ -46,7 +46,11 @@ def attentions_of(model: nn.Module) -> list[Attention]:
             if kind is None:
                 declined.append((name, module, matched.reason))
         if kind is not None and issubclass(kind, FusedAttention):
-            parent = model.get_submodule(name.rpartition(".")[0])
+            above = name.rpartition(".")[0]
+            if any(attention.name == above for attention in found):
+                # the wrapper has it
+                continue
+            parent = model.get_submodule(above)
             skips = isinstance(parent, FusedBlock) and parent.attn is module and not parent.bias_from_block
             block = parent if skips else None
             found.append(Attention(name, module, view_as(kind, module), block))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..adapters import Match, match, proved
+from ..adapters import Match, match
 from ..adapters.alike import alike, innermost
+from ..adapters.decides import at_once
 from ..layers import FusedLayer, FusedModel
 
 
@@ -16,7 +17,7 @@ def matches(model: nn.Module) -> list[tuple[str, nn.Module, Match]]:
     looks: dict[str, str] = {}
     taken: dict[str, str] = {}
     covered: tuple[str, ...] = ()
-    with proved.at_once():
+    with at_once():
         modules = dict(model.named_modules())
         for name, module in modules.items():
             matched_here = None if isinstance(module, FusedLayer) else matched(module)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..adapters import proved
+from ..adapters.decides import at_once
 from ..adapters.known import mixin_name
 from ..layers import FusedLayer, overridden
 from ..watch import STATE
@@ -104,7 +104,7 @@ def report(model: nn.Module) -> Report:
     check_model(model)
     left = {name: found for name, _, found in matches(model)}
     rows = []
-    with proved.at_once():
+    with at_once():
         for name, module in model.named_modules():
             if isinstance(module, FusedLayer):
                 original = module.replaces.__name__

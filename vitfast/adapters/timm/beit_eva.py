@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import layers
 from ...layers import backends
-from ..known import Rebuilt
+from ..known import Rebuilt, asked, handed_on, without_proxies
 from .parts import FusedTimmPartBias
 
 
@@ -91,6 +91,9 @@ class FusedTimmEvaAttention(FusedTimmPartBias, layers.FusedSplitAttention):
 
     num_prefix_tokens: int
     norm: Any
+    # not in every version
+    q_norm = property(lambda self: self._modules.get("q_norm", layers.IDENTITY))
+    k_norm = property(lambda self: self._modules.get("k_norm", layers.IDENTITY))
 
     def _form(self) -> Any:
         return layers.FusedSplitAttention if self.qkv is None else FusedTimmPartBias
@@ -122,7 +125,7 @@ class FusedTimmEvaAttention(FusedTimmPartBias, layers.FusedSplitAttention):
         if rope is None:
             return x
         prefix, rest = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
-        rest = apply_rot_embed_cat(rest, rope, half=getattr(self, "rotate_half", False))
+        rest = apply_rot_embed_cat(rest, rope, **({"half": True} if getattr(self, "rotate_half", False) else {}))
         return torch.cat([prefix, rest], dim=2).type_as(like)
 
     def merged(self, out: Tensor) -> Tensor:
@@ -134,13 +137,13 @@ class FusedTimmEvaAttention(FusedTimmPartBias, layers.FusedSplitAttention):
         q, k, _ = self._form().query_key(self, x)
         return self._rotated(q, rope, q), self._rotated(k, rope, k), None
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
+        if layers.symbolic(x):
+            return super().forward(x, rope, *without_proxies(args), **without_proxies(kwargs))  # type: ignore[misc]
+        plan = None if asked(args, kwargs) else self.plan_for(x)
         if plan is None:
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+            return super().forward(x, rope, *args, **kwargs)  # type: ignore[misc]
         return self.fused(x, plan, rope=rope)
 
 
@@ -157,15 +160,23 @@ class FusedTimmEvaBlock(_ScaledBlock):
         """The rotation."""
         return {"rope": rope}
 
+    # what a block takes and hands on to its attention beside the rotation, by name; versions differ
+    handed: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if original := vars(cls).get("replaces"):
+            cls.handed = handed_on(original, 3)
+
     def attend(self, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Call the attention with the keywords that timm's block gives it."""
-        return self.attn(x, rope=rope, attn_mask=None, is_causal=False)
+        return self.attn(x, rope=rope, **self.handed)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; masked attention is timm's own."""
-        plan = None if attn_mask is not None or is_causal else self.plan_for(x)
+        if layers.symbolic(x):
+            return super().forward(x, rope, *without_proxies(args), **without_proxies(kwargs))
+        plan = None if asked(args, kwargs) else self.plan_for(x)
         if plan is None:
-            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            return super().forward(x, rope, *args, **kwargs)
         return self.fused(x, plan, rope=rope)

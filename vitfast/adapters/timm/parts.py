@@ -60,7 +60,7 @@ class Scaled(layers.FusedAttention, Rebuilt):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        vars(self)["scale"] = value
+        self.__dict__["scale"] = value
 
 
 class FusedTimmPartBias(Scaled):

@@ -86,10 +86,11 @@ def _of_rotated(module: Any) -> list[Call]:
     size = width(attn)
     head = attn.proj.weight.shape[1] // attn.num_heads
     calls = [Call((tokens(1, 6, size),))]
-    for batch, count in ((2, 7), (1, 43)):
+    for batch, patches in ((2, 5), (1, 41)):
         # sines and cosines by channel
-        rope = torch.randn(count - attn.num_prefix_tokens, 2 * head, dtype=torch.float64)
-        calls.append(Call((tokens(batch, count, size),), {"rope": rope}))
+        rope = torch.randn(patches, 2 * head, dtype=torch.float64)
+        x = tokens(batch, attn.num_prefix_tokens + patches, size)
+        calls.append(Call((x,), {"rope": rope}, backward=batch > 1))
     return calls
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from ... import layers
-from ..known import Rebuilt, asked, without_proxies
+from ..known import Rebuilt, asked, handed_on, without_proxies
 from .parts import FusedTimmPatchEmbed, Scaled
 
 
@@ -39,8 +38,7 @@ class FusedTimmBlock(layers.FusedBlock, Rebuilt):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if original := vars(cls).get("replaces"):
-            taken = list(inspect.signature(original.forward).parameters.values())[2:]
-            cls.handed = {parameter.name: parameter.default for parameter in taken}
+            cls.handed = handed_on(original, 2)
 
     def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Call the attention with the keywords that timm's block gives it: hooks see them."""

@@ -11,6 +11,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from ... import layers
 from ..known import Rebuilt
 
+try:
+    from transformers.utils import output_capturing
+except ImportError:
+    # until version 5 nothing was captured by hooks
+    output_capturing = None
+
 # implementations of plain softmax attention: one may stand for the other. A function that somebody registered may not
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "vitfast")
 
@@ -21,8 +27,8 @@ _EXTRAS = frozenset(("position_bias", "softcap", "sliding_window", "s_aux", "cu_
 
 def collects(key: str) -> bool:
     """Whether a forward is under way that captures these outputs."""
-    from transformers.utils import output_capturing
-
+    if output_capturing is None:
+        return False
     collector = output_capturing._active_collector.get()
     return collector is not None and key in collector
 
@@ -72,7 +78,7 @@ class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
     def beyond(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call asks for more than a softmax over all tokens: it is causal, say, or has a bias."""
         causal = kwargs.get("is_causal")
-        return (self.is_causal if causal is None else causal) or not _EXTRAS.isdisjoint(kwargs)
+        return (getattr(self, "is_causal", False) if causal is None else causal) or not _EXTRAS.isdisjoint(kwargs)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`[B, N, D]` to `([B, N, D], None)`; where a mask or the weights are asked for, it is the original's."""
@@ -131,6 +137,8 @@ class ViTSelfAttention(TransformersAttention):
     v_proj = layers.alias("value")
     proj = layers.IDENTITY
     dropout_name = "dropout_prob"
+    # whether the output stands in a tuple alone, without a place for weights
+    alone = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """`[B, N, D]` to `([B, N, H * d], None)`."""
@@ -138,8 +146,15 @@ class ViTSelfAttention(TransformersAttention):
         plan = None if asked or self.is_causal else self.plan_for(hidden_states)
         if plan is None or hidden_states.dim() != 3:
             return super(TransformersAttention, self).forward(hidden_states, *args, **kwargs)
-        return self.attend(self.project_in(hidden_states, plan), plan), None
+        out = self.attend(self.project_in(hidden_states, plan), plan)
+        return (out,) if self.alone else (out, None)
 
     def plan_out(self, notes: list[str]) -> bool:
         """There is none here."""
         return True
+
+
+class LoneSelfAttention(ViTSelfAttention):
+    """Until 4.55."""
+
+    alone = True

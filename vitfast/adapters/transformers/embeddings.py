@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import layers
-from ..known import Rebuilt
+from ..known import Rebuilt, asked
 
 
 class TransformersPatchEmbeddings(layers.FusedPatchEmbed, Rebuilt):
@@ -63,6 +63,18 @@ class Dinov2PatchEmbeddings(ViTPatchEmbeddings):
         return super().tokens(pixels.to(self.projection.weight.dtype), *args)
 
 
+class ShapedPatchEmbeddings(ViTPatchEmbeddings):
+    """Swin's, and BEiT's through 5.8: the numbers of rows and columns beside the tokens."""
+
+    def forward(self, pixel_values: Tensor, *args: Any) -> Any:  # type: ignore[override]
+        """`[B, C, H, W]` to `[B, N, D]` and `(rows, columns)`."""
+        if asked(args, {}) or not self.embeds(pixel_values):
+            return super(ViTPatchEmbeddings, self).forward(pixel_values, *args)  # type: ignore[misc]
+        height, width = pixel_values.shape[2:]
+        rows, cols = self.proj.kernel_size
+        return self.tokens(pixel_values), (height // rows, width // cols)
+
+
 class ViTEmbeddings(layers.FusedLayer, Rebuilt):
     """Prefix tokens and position embeddings written by the patch-embed kernel."""
 
@@ -110,7 +122,9 @@ class ViTEmbeddings(layers.FusedLayer, Rebuilt):
         height, width = pixels.shape[2:]
         if interpolates:
             return self.interpolate_pos_encoding(self._counted(pixels), height, width)
-        return self.position_embeddings if (height, width) == tuple(self.image_size) else False
+        # version 4 has the size in the patch embeddings
+        own = vars(self).get("image_size") or self.patch_embeddings.image_size
+        return self.position_embeddings if (height, width) == tuple(own) else False
 
     def _prefix(self, position: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The prefix tokens `[T, D]` and what is added behind: `[T + N, D]` or, if the prefix has its own, `[N, D]`."""

@@ -8,19 +8,21 @@ stay; the models' own classes carry the registry of what is captured by name, so
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..known import Call, Declined, Offer, of_images, of_rows, of_tokens, pair, pixels, tokens, width
 from ..torch_nn import decline_activation, decline_head_dim
-from .attention import CLIPAttention, ViTAttention, ViTSelfAttention
+from .attention import CLIPAttention, LoneSelfAttention, ViTAttention, ViTSelfAttention
 from .embeddings import (
     CLIPVisionEmbeddings,
     DeiTEmbeddings,
     Dinov2Embeddings,
     Dinov2PatchEmbeddings,
     Dinov2WithRegistersEmbeddings,
+    ShapedPatchEmbeddings,
     SiglipVisionEmbeddings,
     SizedPatchEmbeddings,
     ViTEmbeddings,
@@ -29,6 +31,15 @@ from .embeddings import (
 from .layers import BeitLayer, CLIPEncoderLayer, Dinov2Layer, ViTLayer
 from .mlp import Dinov2MLP, ViTIntermediate, ViTMLP, ViTOutput
 from .swin import SwinLayer
+from .wrapped import (
+    TupledAttention,
+    TupledCLIPLayer,
+    TupledDinov2Layer,
+    TupledLayer,
+    WrappedAttention,
+    WrappedDinov2Layer,
+    WrappedLayer,
+)
 
 
 def _decline_attention(module: Any) -> str | None:
@@ -39,6 +50,20 @@ def _decline_attention(module: Any) -> str | None:
         return f"q, k and v are {widths} wide: no kernel shares keys and values between heads"
     head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
     return "does not say how wide its heads are" if head_dim is None else decline_head_dim(head_dim)
+
+
+def _decline_wrapped(module: Any) -> str | None:
+    return _decline_attention(module.attention)
+
+
+def _wraps(module: Any) -> bool:
+    """Whether an attention is a wrapper around queries, keys and values, and an output projection."""
+    inner = getattr(module, "attention", None)
+    return all(hasattr(inner, name) for name in _KEPT.split()) and hasattr(getattr(module, "output", None), "dense")
+
+
+def _holds_wrapped(module: Any) -> bool:
+    return _wraps(module.attention)
 
 
 def _decline_mlp(module: Any) -> str | None:
@@ -81,6 +106,11 @@ def _with_none(module: Any) -> list[Call]:
     return [Call((*call.args, None), backward=call.backward) for call in of_tokens(module)]
 
 
+def _with_two(module: Any) -> list[Call]:
+    """Where two masks have no default."""
+    return [Call((*call.args, None, None), backward=call.backward) for call in of_tokens(module)]
+
+
 def _with_residual(module: Any) -> list[Call]:
     rows, columns = module.dense.weight.shape
     return [
@@ -119,21 +149,21 @@ def _patch(module: Any) -> Any:
 
 
 def _size(module: Any) -> Any:
-    return module.image_size
+    return getattr(module, "image_size", None) or getattr(getattr(module, "patch_embeddings", None), "image_size", None)
 
 
 def _resized(module: Any) -> list[Call]:
     """The module's own size, and another with resized positions."""
     (rows, cols), (height, length) = pair(_patch(module)), pair(_size(module))
     return [
-        Call((pixels(module, 1, height, length),)),
         Call((pixels(module, 2, 2 * rows, 3 * cols),), {"interpolate_pos_encoding": True}),
+        Call((pixels(module, 1, height, length),), backward=False),
     ]
 
 
 _ATTENTION = "config head_dim num_attention_heads q_proj k_proj v_proj o_proj scaling attention_dropout is_causal"
 _KEPT = "config attention_head_size num_attention_heads query key value scaling dropout_prob is_causal"
-_TOWER = "config num_heads head_dim q_proj k_proj v_proj out_proj scale dropout is_causal"
+_TOWER = "config num_heads head_dim q_proj k_proj v_proj out_proj scale dropout"
 _TOKENS = "patch_embeddings cls_token position_embeddings dropout"
 _IMAGES = of_images(_patch, _size)
 _EMBEDDED = (_IMAGES[0], _resized, _IMAGES[1])
@@ -155,15 +185,26 @@ def _attention(has: str, *mixins: type[Any]) -> Offer:
     )
 
 
-def _block(has: str, mixin: type[Any], example: Any = of_tokens, **more: Any) -> Offer:
+def _block(has: str, *mixins: type[Any], example: Any = of_tokens, **more: Any) -> Offer:
     # eager attention has its softmax in fp32
-    return Offer(".*Layer", "block", (mixin,), has, (example, _with_none), settings=(_sdpa, _eager), rtol=3e-6, **more)
+    examples = (example, _with_none, _with_two)
+    return Offer(".*Layer", "block", mixins, has, examples, settings=(_sdpa, _eager), rtol=3e-6, **more)
 
 
 OFFERS = (
     _attention(_ATTENTION, ViTAttention),
     _attention(_TOWER, CLIPAttention),
-    _attention(_KEPT, ViTSelfAttention),
+    _attention(_KEPT, ViTSelfAttention, LoneSelfAttention),
+    Offer(
+        ".*Attention",
+        "attention",
+        (WrappedAttention, TupledAttention),
+        "attention output",
+        (of_tokens,),
+        _decline_wrapped,
+        _wraps,
+        settings=(_sdpa,),
+    ),
     Offer(".*MLP", "mlp", (ViTMLP,), "fc1 activation_fn fc2", (of_tokens,), _decline_mlp),
     Offer(".*MLP", "mlp", (Dinov2MLP,), "fc1 activation fc2", (of_tokens,), _decline_mlp),
     Offer(".*Intermediate", "mlp", (ViTIntermediate,), "dense intermediate_act_fn", (of_tokens,), _decline_mlp),
@@ -173,18 +214,28 @@ OFFERS = (
         (ViTOutput,),
         "dense dropout",
         (_with_residual,),
-        # BERT's has a norm behind it
-        concerns=lambda module: len(module._modules) == 2,
+        concerns=lambda module: (
+            "input_tensor" in inspect.signature(type(module).forward).parameters
+            # BERT's has a norm behind it
+            and len(module._modules) == 2
+        ),
     ),
-    _block(f"{_BLOCK} lambda_1 relative_position_bias patch_size", BeitLayer, _of_beit),
-    _block(f"{_BLOCK} window_size shift_size drop_path", SwinLayer, _of_map),
+    _block(f"{_BLOCK} lambda_1 relative_position_bias patch_size", BeitLayer, example=_of_beit),
+    _block(f"{_BLOCK} window_size shift_size drop_path", SwinLayer, example=_of_map),
     _block(_BLOCK, ViTLayer, concerns=lambda module: not hasattr(module, "window_size")),
-    _block("layer_norm1 self_attn layer_norm2 mlp", CLIPEncoderLayer),
-    _block(_DINO, Dinov2Layer),
+    _block("layer_norm1 self_attn layer_norm2 mlp", CLIPEncoderLayer, TupledCLIPLayer),
+    _block(_DINO, WrappedDinov2Layer, TupledDinov2Layer, concerns=_holds_wrapped),
+    _block(_DINO, Dinov2Layer, concerns=lambda module: not _holds_wrapped(module)),
+    _block(
+        "layernorm_before attention layernorm_after intermediate output",
+        WrappedLayer,
+        TupledLayer,
+        concerns=_holds_wrapped,
+    ),
     Offer(
         ".*PatchEmbeddings",
         "patch_embed",
-        (ViTPatchEmbeddings, SizedPatchEmbeddings, Dinov2PatchEmbeddings),
+        (ViTPatchEmbeddings, SizedPatchEmbeddings, Dinov2PatchEmbeddings, ShapedPatchEmbeddings),
         "projection patch_size",
         _IMAGES,
     ),
