@@ -26,7 +26,7 @@ from .. import kernels
 from ..layers import FusedModel, own_forwards, view_as
 from .decides import decides
 from .known import Call, Match, Offer, around, original_class
-from .twin import Run, Twin, Unproved
+from .twin import Run, Twin, Unproved, count
 
 
 def prove(module: nn.Module, offer: Offer, mixin: type[Any], match: Callable[[nn.Module], Match | None]) -> str | None:
@@ -69,8 +69,9 @@ def _blocks(mixin: type[Any], module: nn.Module) -> nn.Module:
 def _try(module: nn.Module, offer: Offer, mixin: type[Any], match: Any, held: nn.Module | None) -> str | None:
     why = None
     with _apart():
-        # what computes in fp32 whatever it is given has parameters of that dtype alone
-        for dtype, rtol in ((torch.float64, offer.rtol), (torch.float32, max(offer.rtol, _SINGLE))):
+        # what computes in fp32 whatever it is given has parameters of that dtype alone; what is large takes less time
+        double, single = (torch.float64, offer.rtol), (torch.float32, max(offer.rtol, _SINGLE))
+        for dtype, rtol in (single, double) if count(module, held) > _LARGE else (double, single):
             try:
                 twin = Twin(module, held, dtype)
                 twin.fuse(mixin, match)
@@ -81,6 +82,8 @@ def _try(module: nn.Module, offer: Offer, mixin: type[Any], match: Any, held: nn
 
 
 _SINGLE = 3e-5
+# parameters
+_LARGE = 1 << 21
 
 
 def _under_all(twin: Twin, offer: Offer, mixin: type[Any], rtol: float) -> str | None:
@@ -116,7 +119,8 @@ def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run], rtol
     return None
 
 
-_EVALUATION = Run(False, None, "vectors")
+# gradients are training's
+_EVALUATION = Run(False, None, "none")
 
 
 # what a further setting is tried in
@@ -129,7 +133,7 @@ def _runs(twin: Twin, offer: Offer) -> Iterator[Run]:
     yield Run(True, frozenset(), "vectors" if offer.kind in ("block", "model") else "all")
     places = frozenset(place for place, _, _ in twin.rates)
     if places:
-        yield Run(True, None, "vectors")
+        yield Run(True, None, "none")
     # with dropout in the softmax a fused layer leaves all to the original: the rest is tried without
     if offer.kind == "attention" and len(places) > 1:
         yield from (Run(True, frozenset((place,)), "none") for place in sorted(places))

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..layers import BlockPlan, FusedBlock, FusedModel
+from ..layers.base import SWITCHES
+from ..watch import PLAN, STATE
 from .known import Call, Match, around, original_class
 
-# what nn.Module keeps for itself
-INTERNAL = frozenset((*vars(nn.Module()), "_compiled_call_impl"))
+# what nn.Module keeps for itself, and what `accelerate` puts into a module
+INTERNAL = frozenset((*vars(nn.Module()), "_compiled_call_impl", STATE, PLAN, *SWITCHES))
 # a rate for every dropout, under which most numbers stay and some go
 _RATE = 0.3
 # prime, so that no two rows of a matrix hold the same numbers
@@ -78,6 +80,11 @@ class FusedStandIn(FusedBlock, StandIn):
     def limits(self) -> list[str]:
         """None."""
         return []
+
+
+def count(module: nn.Module, held: nn.Module | None) -> int:
+    """How many parameters a twin would have."""
+    return sum(p.numel() for _, part in tree(module, held) for p in part._parameters.values() if p is not None)
 
 
 class Twin:

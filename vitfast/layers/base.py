@@ -18,6 +18,9 @@ from .. import kernels
 from ..watch import PLAN, Watch
 from .guards import foreign, takes, why_not_on
 
+# what `accelerate` sets on a fused layer, and `restore` takes away
+SWITCHES = ("tf32", "attention_backend", "frozen", "fold", "tail", "stem")
+
 KINDS = ("patch_embed", "layer_norm", "attention", "mlp", "block", "fold", "tail")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import Match
 from ..graphs.runner import Graphs, attach, detach, memory_bound
 from ..layers import KINDS, FusedBlock, FusedLayer, FusedModel, FusedPatchEmbed, FusedStemModel, backends, view_as
+from ..layers.base import SWITCHES
 from ..watch import STATE
 from .cast import cast, uncast
 from .choose import Choice, select
@@ -205,7 +206,7 @@ def restore(model: Model) -> Model:
         replaces = vars(type(module)).get("replaces")
         if isinstance(module, FusedLayer) and replaces is not None:
             module.forget()
-            for name in ("tf32", "attention_backend", "frozen", "fold", "tail", "stem"):
+            for name in SWITCHES:
                 module.__dict__.pop(name, None)
             if isinstance(module, FusedPatchEmbed):
                 module.set_normalize(None)

@@ -11,6 +11,8 @@ maps `[B, H, W, D]`; their MLPs see them as `[B, H * W, D]`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,18 @@ def _of_windows(module: Any) -> list[Call]:
     return [Call((tokens(2, rows * cols, size),)), Call((tokens(4, rows * cols, size), mask))]
 
 
+@contextmanager
+def _small_map(block: Any) -> Iterator[None]:
+    """A map of two windows a side in the place of a larger one; a twin's."""
+    sides = zip(block.input_resolution, pair(block.window_size), strict=True)
+    block.input_resolution = tuple(
+        2 * window if side % window == 0 and side > window else side for side, window in sides
+    )
+    if block._buffers.get("attn_mask") is not None and not getattr(block, "dynamic_mask", False):
+        block._buffers["attn_mask"] = block.get_attn_mask().double()
+    yield
+
+
 def _of_map(module: Any) -> list[Call]:
     height, cols = module.input_resolution
     return [Call((tokens(batch, height, cols, module.attn.qkv.weight.shape[1]),)) for batch in (2, 1)]
@@ -121,6 +135,11 @@ def _size(module: Any) -> Any:
 _PARTS = "qkv attn_drop proj proj_drop num_heads"
 _MODEL = "patch_embed pos_embed blocks norm global_pool"
 _IMAGES = of_images(_patch, _size, FEATURES)
+
+
+def _swin_block(name: str, mixin: Any) -> Offer:
+    return Offer(name, "block", (mixin,), "norm1 attn norm2 mlp input_resolution", (_of_map,), settings=(_small_map,))
+
 
 OFFERS = (
     Offer("LayerNorm", "layer_norm", (FusedTimmLayerNorm,), "_fast_norm", (of_norm,), _decline_norm),
@@ -172,10 +191,8 @@ OFFERS = (
     Offer("Block", "block", (FusedTimmBeitBlock,), "norm1 attn gamma_1 norm2 mlp gamma_2", (_of_relative,)),
     Offer("EvaBlock", "block", (FusedTimmEvaBlock,), "norm1 attn gamma_1 norm2 mlp gamma_2", (_of_rotated,)),
     Offer("Block", "block", (FusedTimmBlock,), "norm1 attn ls1 norm2 mlp ls2", (of_tokens,)),
-    Offer("SwinTransformerBlock", "block", (FusedTimmSwinBlock,), "norm1 attn norm2 mlp input_resolution", (_of_map,)),
-    Offer(
-        "SwinTransformerV2Block", "block", (FusedTimmSwinV2Block,), "norm1 attn norm2 mlp input_resolution", (_of_map,)
-    ),
+    _swin_block("SwinTransformerBlock", FusedTimmSwinBlock),
+    _swin_block("SwinTransformerV2Block", FusedTimmSwinV2Block),
     Offer(
         "VisionTransformerDistilled", "model", (FusedTimmVisionTransformerDistilled,), f"{_MODEL} dist_token", _IMAGES
     ),
