@@ -90,15 +90,15 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)  # type: ignore[misc]
         attn: Any = self.attention
         normed = self.norm1(hidden_states)
-        frozen = layers.kept(plan.attn.packed, normed)
         # weights are fewer than what comes of them
-        qkv = kernels.linear(normed, *(plan.attn.packed if frozen else self._packed()), tf32=self.tf32)
+        weight, bias = layers.kept(plan.attn.packed, normed, self._packed)
+        qkv = kernels.linear(normed, weight, bias, tf32=self.tf32)
         out = kernels.window_attention(
             qkv.unflatten(1, tuple(input_dimensions)),
             attn.q_proj.weight.shape[0] // attn.head_dim,
             (self.window_size,) * 2,
             (int(self.shift_size),) * 2,
-            plan.attn.table if frozen else self._table(),
+            layers.kept(plan.attn.table, normed, self._table),
             attn.scaling,
             tf32=self.tf32,
         )
