@@ -114,11 +114,12 @@ class Watch:
             return False
         return same and all(d.get(PLAN) is plan for d, plan in self._plans)
 
-    def same(self) -> bool:
-        """`same_modules`, and whether hooks stand where they stood and modules train that trained."""
-        root: Any = self._root()
+    def same(self, root: nn.Module) -> bool:
+        """`same_modules` of this very module, and whether hooks stand where they stood and what trained trains."""
         return (
-            root.training is self._trains
+            # a replica's dictionary holds what its original's holds
+            self._root() is root
+            and root.training is self._trains
             and not any(self._without)
             and all(self._with)
             and _has_any_global_hook() == self._global

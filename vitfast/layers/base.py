@@ -84,7 +84,7 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         if (
             held is not None
             and held.watch is not None
-            and held.watch.same()
+            and held.watch.same(self)
             and not (held.frozen and held.watch.written())
         ):
             return held.plan
