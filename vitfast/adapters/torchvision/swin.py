@@ -133,5 +133,5 @@ class FusedTorchvisionSwinBlock(layers.FusedBlock, Rebuilt):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, D]` to `[B, H, W, D]`."""
         attn: Any = self.attn
-        plan = self.plan_for(x) if isinstance(attn, FusedTorchvisionWindows) and attn.cuts(x) else None
-        return super().forward(x) if plan is None else self.fused(x, plan)
+        plan = self.plan_for(x) if isinstance(attn, FusedTorchvisionWindows) else None
+        return super().forward(x) if plan is None or not attn.cuts(x) else self.fused(x, plan)
