@@ -59,7 +59,9 @@ class Watch:
         self._members = list(self._registered())
         # an attribute more may be a `forward`
         self._sized = [*own, *self._filled]
-        self._sizes = list(map(len, self._sized))
+        # a plan of its own is none
+        self._planned = own if attributes else []
+        self._sizes = self._current_sizes()
         # as a `forward` that somebody puts on a class
         self._kinds = list({kind.replaces: None for kind in (type(root), *self._types) if hasattr(kind, "replaces")})
         self._forwards = list(map(_forward, self._kinds))
@@ -88,6 +90,12 @@ class Watch:
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._versions = list(map(_version, self._versioned))
 
+    def _current_sizes(self) -> list[int]:
+        sizes = list(map(len, self._sized))
+        for i, d in enumerate(self._planned):
+            sizes[i] -= PLAN in d
+        return sizes
+
     def _registered(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._filled))
 
@@ -102,7 +110,7 @@ class Watch:
             and root._modules is self._children
             and list(map(type, self._parts)) == self._types
             and list(map(_forward, self._kinds)) == self._forwards
-            and list(map(len, self._sized)) == self._sizes
+            and self._current_sizes() == self._sizes
             # by identity: comparing tensors would compare what they hold
             and all(map(is_, self._registered(), self._members))
             and (not self._attributes or self._same_attributes())

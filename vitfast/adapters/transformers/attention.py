@@ -61,11 +61,12 @@ class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
 
     def why_dropout(self, notes: list[str]) -> str:
         """Why the original runs: dropout, or a function of somebody's own."""
-        if name := self._unknown_implementation():
+        if name := self.unknown_implementation():
             return f"attn_implementation {name!r} is no known one"
         return self.why_rate("attention dropout", getattr(self, self.dropout_name), notes)
 
-    def _unknown_implementation(self) -> str | None:
+    def unknown_implementation(self) -> str | None:
+        """The name of an attention function that somebody registered, which may compute anything."""
         name = self.config._attn_implementation
         return None if name is None or name in IMPLEMENTATIONS else name
 
@@ -73,7 +74,7 @@ class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
         """As `FusedLayer.plan_for`; the implementation is read in each call, since a config is set in place."""
         eager = self.config._attn_implementation
         # eager attention hands out weights always
-        return None if eager == "eager" or self._unknown_implementation() else super().plan_for(x)
+        return None if eager == "eager" or self.unknown_implementation() else super().plan_for(x)
 
     def beyond(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call asks for more than a softmax over all tokens: it is causal, say, or has a bias."""

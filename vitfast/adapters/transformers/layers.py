@@ -29,7 +29,7 @@ class TransformersLayer(layers.FusedBlock, Rebuilt):
         if mask is not None or collects("attentions"):
             return None
         # another attention is called with all that there is
-        if isinstance(attn, TransformersAttention) and (attn.beyond(kwargs) or attn.plan_for(tokens) is None):
+        if isinstance(attn, TransformersAttention) and (attn.beyond(kwargs) or attn.unknown_implementation()):
             return None
         return self.plan_for(tokens)
 
