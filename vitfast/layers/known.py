@@ -79,10 +79,15 @@ _scales: dict[Any, str | None] = {}
 _drops: dict[Any, str | None] = {nn.Dropout: "p"}
 _epilogues: dict[Any, str | None] = {}
 
-# a compiler runs these rather than reading them
+
+def _constant(function: Any) -> Any:
+    """A compiler runs the function rather than reading it: `torch.compiler.assume_constant_result` without the second
+    and a half that its import of the compiler takes."""
+    function._dynamo_marked_constant = True
+    return function
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _scale_name(kind: Any) -> str | None:
     """The attribute by which a class multiplies its input, or None where it does something else."""
     if kind not in _scales:
@@ -90,7 +95,7 @@ def _scale_name(kind: Any) -> str | None:
     return _scales[kind]
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _rate_name(kind: Any) -> str | None:
     """The attribute with the rate at which a class drops in training and only then, or None where it may do more."""
     if kind not in _drops:
@@ -99,7 +104,7 @@ def _rate_name(kind: Any) -> str | None:
     return _drops[kind]
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _epilogue(kind: Any, approximate: str | None) -> str | None:
     key = (kind, kind.forward, approximate)
     if key not in _epilogues:
