@@ -42,7 +42,7 @@ def idle(module: nn.Module) -> bool:
         and not own["_forward_pre_hooks"]
         and not own["_backward_hooks"]
         and not own["_backward_pre_hooks"]
-        and "forward" not in own
+        and not layers.own_forward(module)
         and not _has_any_global_hook()
         and all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
     )
