@@ -157,7 +157,7 @@ class ShapedEmbeddings(Dinov2Embeddings):
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[B, C, H, W]` to `[B, T + N, D]` and `(rows, columns)`."""
-        out = super().forward(pixel_values, *args, **kwargs)
+        out: Any = super().forward(pixel_values, *args, **kwargs)
         if isinstance(out, tuple):
             # the original's
             return out

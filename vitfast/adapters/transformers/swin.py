@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
     # the second branch has a dropout where the first has a drop path
     drop_path2 = layers.alias("dropout")
     # computed here, not by a layer in its place
-    covers = ("attention",)
+    covers: ClassVar[tuple[str, ...]] = ("attention",)
     window_size: int
     shift_size: int
 
@@ -121,7 +121,8 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
         normed = self.norm1(hidden_states)
         frozen = layers.kept(plan.attn.packed, normed)
         # weights are fewer than what comes of them
-        qkv = kernels.linear(normed, *(plan.attn.packed if frozen else self._packed()), tf32=self.tf32)
+        weight, bias = plan.attn.packed if frozen else self._packed()
+        qkv = kernels.linear(normed, weight, bias, tf32=self.tf32)
         out = kernels.window_attention(
             qkv.unflatten(1, tuple(input_dimensions)),
             parts.q_proj.weight.shape[0] // parts.head_dim,

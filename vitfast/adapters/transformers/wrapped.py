@@ -83,7 +83,7 @@ class WrappedBeitAttention(WrappedAttention):
     """BEiT's with torch's function, which adds relative positions that it makes for the image."""
 
     covers = ("attention",)
-    behind = (None,)
+    behind: ClassVar[tuple[None, ...] | None] = (None,)
     scale = property(lambda self: self.head_dim**-0.5)
     is_causal = False
     # one of its classes reads the module's rate, the other one the config's
@@ -124,9 +124,9 @@ class TupledBeitAttention(WrappedBeitAttention):
 def _relative(inner: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What `relative_of` says of BEiT's innermost attention, and the arguments that it was not made of."""
     bias = getattr(inner, "relative_position_bias", None)
-    about = ("interpolate_pos_encoding", "resolution")
-    relative = relative_of(bias, inner.config.patch_size, *map(named.get, about))
-    return relative, {name: value for name, value in named.items() if name not in about}
+    more = dict(named)
+    interpolates, resolution = more.pop("interpolate_pos_encoding", False), more.pop("resolution", None)
+    return relative_of(bias, inner.config.patch_size, interpolates, resolution), more
 
 
 class _Halves(layers.FusedMlp):
@@ -211,7 +211,7 @@ class TupledCLIPLayer(_Wrapped, CLIPEncoderLayer):
 class WrappedBeitLayer(_Wrapped, BeitLayer):
     """BEiT's names in ViT's layout; the attention makes the bias."""
 
-    behind = (None,)
+    behind: ClassVar[tuple[None, ...] | None] = (None,)
     dropout = layers.IDENTITY
     mlp = property(_Halves)
 
