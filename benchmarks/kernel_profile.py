@@ -228,7 +228,7 @@ def profile(
         ceilings = measure_ceilings(device, {dtype: DTYPES[dtype]}, quick=quick)
     options = {**MODELS.get(model, {}), **({"depth": 1} if scope == "block" else {})}
     whole: Any = seed_weights(vitfast.create_model(model, **options)).eval().to(device)
-    vitfast.accelerate(whole, precision=dtype)
+    vitfast.accelerate(whole, precision=dtype, frozen=True)
     tokens = whole.num_prefix_tokens + whole.patch_embed.num_patches
     shape = (batch, tokens, whole.embed_dim) if scope == "block" else (batch, 3, *whole.patch_embed.img_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, DTYPES[dtype])

@@ -20,7 +20,7 @@ import vitfast
 def test_plans_of_twelve_blocks(benchmark: Any, frozen: bool) -> None:
     """One plan a block of a ViT-B's depth; the width does not matter."""
     model = vitfast.create_model("vit_tiny_patch16_224", depth=12, embed_dim=48, num_heads=3).eval()
-    blocks = list(vitfast.accelerate(model, frozen=frozen).blocks)
+    blocks: list[Any] = list(vitfast.accelerate(model, frozen=frozen).blocks)
     plans = [block.plan() for block in blocks]
     with torch.inference_mode():
         found = benchmark(lambda: [block.plan() for block in blocks])

@@ -267,14 +267,11 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-# selection.py borrows the timer until that has a room of its own
-BORROWS = {"vitfast/selection.py"}
-
 
 def test_vitfast_and_kernels_import_nothing_of_benchmarks() -> None:
     for path in (path for folder in ("kernels", "vitfast") for path in (ROOT / folder).rglob("*.py")):
         taken = [name for name in imports(path) if "benchmarks" in name.split(".")]
-        assert not taken or path.relative_to(ROOT).as_posix() in BORROWS, f"{path}: {taken}"
+        assert not taken, f"{path}: {taken}"
 
 
 def test_the_reference_imports_torch_alone() -> None:
@@ -288,16 +285,12 @@ def test_the_reference_imports_torch_alone() -> None:
             assert dots <= depth if dots else name.split(".")[0] in known, f"{path}: {name}"
 
 
-# modules that become a folder next
-SHARED = {"accelerate", "attention_maps", "preprocess"}
-
-
 def test_no_module_has_the_name_of_what_its_package_exports() -> None:
     for init in (ROOT / "vitfast").rglob("__init__.py"):
         modules = {p.stem for p in init.parent.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
         nodes = (node for node in ast.parse(init.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom))
         exported = {alias.asname or alias.name for node in nodes if node.module for alias in node.names}
-        assert modules & exported <= SHARED, f"{init}: {modules & exported - SHARED}"
+        assert not modules & exported, f"{init}: {modules & exported}"
 
 
 # the name `kernels`

@@ -31,7 +31,7 @@ _OPTIONAL = (
     ("transformers", "transformers", 'its vision models, too; attn_implementation="vitfast"', "transformers", ""),
     ("torchvision", "torchvision", "its ViT and Swin, too; timm imports it", "torchvision", ", of torch's own build"),
     ("open_clip_torch", "open_clip", "its vision towers, too", "open-clip", ""),
-    ("matplotlib", "matplotlib", "carries the demo's photograph", "dev", ", or demo --image FILE"),
+    ("matplotlib", "matplotlib", "charts, and the demo's photograph", "bench", ", or demo --image FILE"),
     ("flash-attn", "flash_attn", 'accelerate(attention="flash_attn"); to compare with', "flash-attn", _CUDA_BUILD),
     ("xformers", "xformers", 'accelerate(attention="xformers"); to compare with', "xformers", _CUDA_BUILD),
 )

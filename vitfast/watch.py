@@ -55,7 +55,7 @@ class Watch:
         # a replica shares all but this
         self._children = root._modules
         registries = [d[name] for d in (vars(root), *own) for name in _REGISTRIES]
-        self._filled = [registry for registry in registries if registry]
+        self._filled = registries if attributes else [registry for registry in registries if registry]
         self._members = list(self._registered())
         # an attribute more may be a `forward`
         self._sized = [*own, *self._filled]
@@ -78,8 +78,9 @@ class Watch:
             self._root_getter = itemgetter("_modules", "_parameters", *keys[0])
             self._getters = [(itemgetter(k[0], *k), d) for k, d in zip(keys[1:], own, strict=True) if k]
             self._attributes = list(self._configured())
-        # a plan that was dropped and made again reads other memory; held here, the old one's stays allocated
-        self._plans = [(d, d[PLAN]) for d in own if PLAN in d] if attributes else []
+            self._root_names = len(keys[0])
+        # held here, what a plan derived stays allocated
+        self._plans = [d[PLAN] for d in own if PLAN in d] if attributes else []
         watched = {id(t): t for t in self._members if isinstance(t, Tensor)} if tensors else {}
         self._tensors = list(watched.values())
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
@@ -112,13 +113,15 @@ class Watch:
             same = all(map(is_, self._configured(), self._attributes))
         except KeyError:
             return False
-        return same and all(d.get(PLAN) is plan for d, plan in self._plans)
+        names = vars(self._root()).keys() - _INTERNAL
+        return same and len(names) == self._root_names and not any(plan.stale for plan in self._plans)
 
-    def same(self) -> bool:
-        """`same_modules`, and whether hooks stand where they stood and modules train that trained."""
-        root: Any = self._root()
+    def same(self, root: nn.Module) -> bool:
+        """`same_modules` of this very module, and whether hooks stand where they stood and what trained trains."""
         return (
-            root.training is self._trains
+            # a replica's dictionary holds what its original's holds
+            self._root() is root
+            and root.training is self._trains
             and not any(self._without)
             and all(self._with)
             and _has_any_global_hook() == self._global

@@ -49,6 +49,7 @@ def _rung(
             precision="tf32" if workload.dtype == "tf32" else None,
             only=kinds,
             normalize=normalize,
+            frozen=workload.layer != "train",
             compile=compile,
             cuda_graph=cuda_graph,
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vitfast.clock import machine
 from vitfast.clock import timing as measure
 from vitfast.kernels import INTERPRET, _config
 from vitfast.kernels._config import Key
@@ -169,7 +170,7 @@ def tune(
             print(f"tune: wrote {path}", file=sys.stderr)
         _config.forget()
     if report is not None:
-        add_to_report(report, result, measure.environment(device))
+        add_to_report(report, result, machine.environment(device))
     return result
 
 

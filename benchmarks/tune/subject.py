@@ -64,7 +64,7 @@ class Subject:
         self.plain: Any = seed_weights(vitfast.create_model(job.model, **options)).eval().to(self.device, dtype)
         self.model: Any = seed_weights(vitfast.create_model(job.model, **options)).eval().to(self.device)
         kinds = [kind for kind in KINDS if job.fold or kind != "fold"]
-        vitfast.accelerate(self.model, precision=job.dtype, only=kinds)
+        vitfast.accelerate(self.model, precision=job.dtype, only=kinds, frozen=True)
         generator = torch.Generator(device=self.device).manual_seed(1)
         size = (job.batch, 3, *self.plain.patch_embed.img_size)
         self.pixels = torch.randn(size, generator=generator, device=self.device).to(dtype)

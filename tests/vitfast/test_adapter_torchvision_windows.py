@@ -132,8 +132,8 @@ def test_what_is_left_alone_is_reported():
     fused = vitfast.accelerate(swin(dropout=0.1), attention="sdpa")
     notes = {row.note for row in vitfast.report(fused).replaced if row.kind == "attention"}
     assert notes == {
-        "dropout 0.1: the original forward runs in training; "
-        "attention='sdpa' knows no windows: the original forward runs"
+        "attention='sdpa' knows no windows: the original forward runs; "
+        "dropout 0.1: the original forward runs in training"
     }
     plain = swin()
     assert_same(plain, vitfast.accelerate(copy.deepcopy(plain), attention="sdpa"), images(1, 3, 32, 32), grad=False)

@@ -19,11 +19,12 @@ from transformers import BeitConfig, BeitModel, SwinConfig, SwinModel
 import vitfast
 from tests._close import assert_close
 from tests.vitfast._models import BUILDERS, assert_same, fused_names, images, randomise, reference
-from vitfast import attention_backends, kernels
-from vitfast.attention_backends import BACKENDS, attention, attention_qkv
+from vitfast import kernels
 from vitfast.kernels import _config
 from vitfast.kernels._config import Key
 from vitfast.layers import FusedAttention
+from vitfast.layers import backends as attention_backends
+from vitfast.layers.backends import BACKENDS, attention, attention_qkv
 
 X = (2, 3, 24, 32)
 INSTALLABLE = ("flash_attn", "xformers")

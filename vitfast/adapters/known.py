@@ -174,7 +174,9 @@ def asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def without_proxies(more: Any) -> Any:
     """Further arguments; where `torch.fx` traces a root it puts a proxy in their place, and there are none."""
-    return () if isinstance(more, Proxy) and "**" not in more.node.target else {} if isinstance(more, Proxy) else more
+    if not isinstance(more, Proxy):
+        return more
+    return {} if str(more.node.target).startswith("**") else ()
 
 
 def handed_on(original: type[nn.Module], behind: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import kernels
-from ..layers import FusedModel, own_forwards, view_as
+from ..layers import FusedModel, derive_anywhere, own_forwards, view_as
 from .decides import decides
 from .known import Call, Match, Offer, around, original_class
 from .twin import Run, Twin, Unproved, count
@@ -108,7 +108,8 @@ def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run], rtol
         if run.training:
             expected = twin.run(calls, run)
         try:
-            with twin.fused(), kernels.by_reference() as called:
+            derives = derive_anywhere() if run.frozen else nullcontext()
+            with twin.fused(), kernels.by_reference() as called, derives:
                 actual = twin.run(calls, run)
         except Exception as error:
             return f"{mixin.__name__} fails in {run}: {_brief(error)}"
@@ -121,6 +122,7 @@ def _tried(twin: Twin, offer: Offer, mixin: type[Any], runs: Iterable[Run], rtol
 
 # gradients are training's
 _EVALUATION = Run(False, None, "none")
+_FROZEN = Run(False, None, "none", frozen=True)
 
 
 # what a further setting is tried in
@@ -129,6 +131,8 @@ _FEW = (_EVALUATION, Run(True, frozenset(), "vectors"))
 
 def _runs(twin: Twin, offer: Offer) -> Iterator[Run]:
     yield _EVALUATION
+    if offer.kind in ("attention", "block", "model"):
+        yield _FROZEN
     # a block's matrices are those of its branches, which are proved by themselves
     yield Run(True, frozenset(), "vectors" if offer.kind in ("block", "model") else "all")
     places = frozenset(place for place, _, _ in twin.rates)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..layers import BlockPlan, FusedBlock, FusedModel
+from ..layers import BlockPlan, FusedBlock, FusedLayer, FusedModel
 from ..layers.base import SWITCHES
 from ..watch import PLAN, STATE
 from .known import Call, Match, around, original_class
@@ -40,16 +40,18 @@ class Run:
         training: or else evaluation, with all calls; in training those that are differentiated run alone.
         drops: places of the module whose dropouts are on; None for all.
         gradients: of nothing, of inputs and "vectors" (what has few numbers), or of "all" parameters too.
+        frozen: fused layers read what they derived from their weights.
     """
 
     training: bool
     drops: frozenset[str] | None
     gradients: str
+    frozen: bool = False
 
     def __str__(self) -> str:
-        return (
-            "evaluation" if not self.training else "training" if self.drops == frozenset() else "training with dropout"
-        )
+        if not self.training:
+            return "evaluation with frozen weights" if self.frozen else "evaluation"
+        return "training" if self.drops == frozenset() else "training with dropout"
 
 
 class StandIn(nn.Module):
@@ -261,6 +263,8 @@ class Twin:
             stem = {name: vars(part)[name] for name in ("tail", "stem") if name in vars(part)}
             part.__dict__.clear()
             part.__dict__.update(state, training=run.training, **stem)
+            if isinstance(part, FusedLayer):
+                part.__dict__["frozen"] = run.frozen
         with torch.no_grad():
             for buffer, before in self._buffers:
                 buffer.copy_(before)

@@ -108,7 +108,7 @@ def run_demo(
 
     # one precision for both, since against another one any kernel looks fast
     plain = built.to(policy.dtype)
-    fused = accelerate(copy.deepcopy(plain), precision=policy.name)
+    fused = accelerate(copy.deepcopy(plain), precision=policy.name, frozen=True)
     replaced = report(fused)
     pixels = pixels.to(policy.dtype)
     top = None

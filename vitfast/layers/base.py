@@ -39,10 +39,12 @@ class Plan(NamedTuple):
 class Held:
     """A plan and the watch that says whether it holds. A copy of a module, or one that is unpickled, has none yet."""
 
-    __slots__ = ("frozen", "plan", "watch")
+    __slots__ = ("frozen", "plan", "stale", "watch")
 
     def __init__(self, watch: Watch | None = None, plan: Any = None, frozen: bool = False) -> None:
         self.watch, self.plan, self.frozen = watch, plan, frozen
+        # weights may have been written unseen since: what was derived is not to be read again
+        self.stale = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Held, ()
@@ -84,14 +86,14 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         if (
             held is not None
             and held.watch is not None
-            and held.watch.same()
+            and held.watch.same(self)
             and not (held.frozen and held.watch.written())
         ):
             return held.plan
         return self._hold()
 
     def _hold(self) -> Any:
-        self.forget()
+        self._release()
         derive = self.frozen and not self.training and not _unwatchable(self)
         if derive:
             # ordinary tensors, which may be read in any mode
@@ -113,11 +115,17 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         return None if plan.original else plan
 
     def forget(self) -> None:
-        """Drop the plan, and what is derived from weights with it."""
+        """Drop the plan, and what is derived from weights with it: they may have been written unseen."""
+        held = self._release()
+        if held is not None:
+            held.stale = True
+
+    def _release(self) -> Held | None:
         held = self.__dict__.pop(PLAN, None)
         if held is not None and held.frozen and any(p.is_cuda for p in self.parameters()):
-            # a launch on another stream may still read it
+            # a launch on another stream may still read what was derived
             torch.cuda.synchronize(next(self.parameters()).device)
+        return held
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Transformers 4.57 puts a forward on the object to capture outputs, and the class's own when that is done

@@ -89,10 +89,7 @@ class FusedBlock(FusedLayer):
                 notes.append(f"{name} {rate:.3g}: its residual is added outside the kernel in training")
         known1, scale1 = scale_of(self.ls1)
         known2, scale2 = scale_of(self.ls2)
-        norms = tuple(
-            isinstance(norm, FusedLayerNorm) and not self.watched(norm) and not original_of(norm)
-            for norm in (self.norm1, self.norm2)
-        )
+        norms = (self._computes(self.norm1), self._computes(self.norm2))
         sums = known1 and attn is None and norms[1] and inactive(drop1)
         if not known1:
             attn = None
@@ -111,6 +108,9 @@ class FusedBlock(FusedLayer):
         if derive and self.fold and complete and all(norms):
             return plan._replace(folded=self._folded(attn))
         return plan
+
+    def _computes(self, norm: Any) -> bool:
+        return isinstance(norm, FusedLayerNorm) and not self.watched(norm) and not original_of(norm)
 
     def drop_paths(self) -> tuple[Any, Any]:
         """What drops each branch."""

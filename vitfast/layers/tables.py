@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from .. import kernels
 from . import backends
 from .guards import deriving
+
+T = TypeVar("T")
 
 
 def by_columns(table: Tensor) -> Tensor:
@@ -32,9 +35,9 @@ def cosine_scales(logit_scale: Tensor) -> Tensor:
     return torch.clamp(logit_scale, max=math.log(100.0)).exp().flatten()
 
 
-def kept(derived: Any, x: Tensor) -> bool:
-    """Whether something that was derived from frozen weights may be read for these tokens."""
-    return derived is not None and deriving(x)
+def kept(derived: T | None, x: Tensor, make: Callable[[], T]) -> T:
+    """What was derived from frozen weights, where it may be read for these tokens, else what is made now."""
+    return derived if derived is not None and deriving(x) else make()
 
 
 def why_uncut(backend: str) -> str:

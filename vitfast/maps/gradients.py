@@ -80,20 +80,21 @@ def _explicit(attention: Attention, x: Tensor, given: dict[str, Tensor]) -> tupl
     if not probabilities.requires_grad:
         # nothing in front of it is trained
         probabilities.requires_grad_()
+    notes: list[str] = []
     if getattr(view, "v_proj", None) is not None:
         v = view.v_proj(x)
-    elif view.plain_in():
+    elif view.plan_in(notes):
         weight, bias = view.weights_in()
         first = 2 * weight.shape[0] // 3
         v = F.linear(x, weight[first:], None if bias is None else bias[first:])
     else:
         raise ValueError(
             f"the values of {attention.name} come from something else than one linear layer "
-            f"({'; '.join(view.limits_in())}), which the gradient rollout does not know"
+            f"({'; '.join(notes)}), which the gradient rollout does not know"
         )
     v = (v if batch_first else v.transpose(0, 1)).unflatten(2, (view.num_heads, -1)).transpose(1, 2)
     out = (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    out = view.project(view.merged(out), None, None)
+    out = view.project(view.merged(out), view.make_plan())
     return out if batch_first else out.transpose(0, 1), probabilities
 
 

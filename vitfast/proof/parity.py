@@ -287,7 +287,7 @@ def parity(model: nn.Module, pixels: Tensor, precision: str = "fp32", *, only: C
     policy = get_precision(precision)
     pixels = pixels.to(policy.dtype)
     plain = restore(copy.deepcopy(model)).eval().to(policy.dtype)
-    fused = accelerate(copy.deepcopy(plain), precision=precision, only=only)
+    fused = accelerate(copy.deepcopy(plain), precision=precision, only=only, frozen=True)
     truth = copy.deepcopy(plain).double()
     replaced = [name for name, module in fused.named_modules() if isinstance(module, FusedLayer)]
     if not replaced:

@@ -134,8 +134,9 @@ def accelerate(
         if any(isinstance(module, FusedLayer) for module in model.modules()):
             raise ValueError("example: the model is accelerated already; restore it first, as it is timed without that")
         kinds = [kind for kind in KINDS if kind in selected]
-        options = {"precision": precision, "cuda_graph": cuda_graph, "attention": backend}
-        state.choice = select(model, example, kinds, swap=accelerate, **options)
+        state.choice = select(
+            model, example, kinds, swap=accelerate, precision=precision, cuda_graph=cuda_graph, attention=backend
+        )
         selected = frozenset(state.choice.kinds)
         found = [match for match in found if selected.intersection(serves(match[2]))]
     embeds = [] if normalize is None else _uint8_embeds(model, found, normalize)

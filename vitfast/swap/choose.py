@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..clock.timing import sample_ms, time_interleaved
+from ..clock import timing
 from ..kernels import INTERPRET, _config
 from ..kernels._config import Key, has_library
 from .choices_file import Choice, Figure, choices_path, digest, read_choices, write_choice
@@ -115,12 +115,12 @@ def _measure(
             for i in range(3 if cuda_graph else 1):
                 run(i)
         left = max(0.2, share * (budget_s - (time.monotonic() - begin)))
-        return time_interleaved(candidates, device, budget_s=left, min_samples=3)
+        return timing.time_interleaved(candidates, device, budget_s=left, min_samples=3)
 
     figures: list[Figure] = []
     ours = with_kinds(kinds)
     ours(0)
-    once = sample_ms(ours, 0, 1, device) / 1e3
+    once = timing.sample_ms(ours, 0, 1, device) / 1e3
     kept = list(kinds)
     # six calls of each candidate are the least that a comparison takes
     if 6 * once * (1 + len(kinds)) < 0.7 * budget_s:

@@ -35,8 +35,8 @@ class FusedTimmBeitAttention(FusedTimmPartBias):
         q, k, v = self.heads(qkv)
         if bias is not None or self.attention_backend not in backends.OURS:
             return self.softmax_attention(q, k, v, self._summed(bias))
-        table = plan.table if layers.kept(plan.table, qkv) else layers.by_columns(table)
-        return self.relative_attention(q, k, v, table, tuple(self.window_size))
+        columns = layers.kept(plan.table, qkv, lambda: layers.by_columns(table))
+        return self.relative_attention(q, k, v, columns, tuple(self.window_size))
 
     def _summed(self, bias: Tensor | None) -> Tensor | None:
         # of the block and of all blocks, N x N in memory

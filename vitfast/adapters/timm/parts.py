@@ -97,7 +97,7 @@ class FusedTimmPartBias(Scaled):
     def project_in(self, x: Tensor, plan: layers.AttentionPlan) -> Tensor:
         """Normed `[..., D]` to q, k and v `[..., 3 * H * d]`."""
         if plan.plain_in and self.q_bias is not None:
-            weight, bias = plan.packed if layers.kept(plan.packed, x) else self.weights_in()
+            weight, bias = layers.kept(plan.packed, x, self.weights_in)
             return kernels.linear(x, weight, bias, tf32=self.tf32)
         qkv = layers.compute_linear(layers.is_linear(self.qkv), self.qkv, x, None, None, self.tf32)
         if self.q_bias is not None:

@@ -47,11 +47,10 @@ class FusedTimmWindowAttention(Scaled):
         self, qkv: Tensor, plan: layers.AttentionPlan, shift: tuple[int, int] = (0, 0)
     ) -> Tensor:
         """Packed map `[B, H, W, 3 * H * d]` to the heads' `[B, H, W, H * d]`."""
-        table = plan.table if layers.kept(plan.table, qkv) else self.table()
-        scales = plan.scales if layers.kept(plan.scales, qkv) else self.scales()
-        return kernels.window_attention(
-            qkv, self.num_heads, tuple(self.window_size), shift, table, scales, tf32=self.tf32
-        )
+        height, width = self.window_size
+        table = layers.kept(plan.table, qkv, self.table)
+        scales = layers.kept(plan.scales, qkv, self.scales)
+        return kernels.window_attention(qkv, self.num_heads, (height, width), shift, table, scales, tf32=self.tf32)
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Refused: tokens of two windows do not meet."""

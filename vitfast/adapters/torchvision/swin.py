@@ -60,7 +60,7 @@ class FusedTorchvisionWindows(layers.FusedAttention, Rebuilt):
 
     def project_in(self, x: Tensor, plan: layers.AttentionPlan) -> Tensor:
         """Normed map `[B, H, W, D]` to q, k and v `[B, H, W, 3 * H * d]`."""
-        weight, bias = plan.packed if layers.kept(plan.packed, x) else self.weights_in()
+        weight, bias = layers.kept(plan.packed, x, self.weights_in)
         return kernels.linear(x, weight, bias, tf32=self.tf32)
 
     def attend(self, qkv: Tensor, plan: layers.AttentionPlan) -> Tensor:
@@ -71,8 +71,8 @@ class FusedTorchvisionWindows(layers.FusedAttention, Rebuilt):
             0 if window >= side else shift
             for window, side, shift in zip(window, qkv.shape[1:3], self.shift_size, strict=True)
         )
-        table = plan.table if layers.kept(plan.table, qkv) else self.table()
-        scales = plan.scales if layers.kept(plan.scales, qkv) else self.scales()
+        table = layers.kept(plan.table, qkv, self.table)
+        scales = layers.kept(plan.scales, qkv, self.scales)
         return kernels.window_attention(qkv, self.num_heads, window, (down, right), table, scales, tf32=self.tf32)
 
     def project(
@@ -133,5 +133,5 @@ class FusedTorchvisionSwinBlock(layers.FusedBlock, Rebuilt):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, D]` to `[B, H, W, D]`."""
         attn: Any = self.attn
-        plan = self.plan_for(x) if isinstance(attn, FusedTorchvisionWindows) and attn.cuts(x) else None
-        return super().forward(x) if plan is None else self.fused(x, plan)
+        plan = self.plan_for(x) if isinstance(attn, FusedTorchvisionWindows) else None
+        return super().forward(x) if plan is None or not attn.cuts(x) else self.fused(x, plan)

@@ -42,7 +42,7 @@ class ViTIntermediate(layers.FusedLayer, Rebuilt):
         """`[..., D]` to `[..., F]`."""
         if self.plan_for(hidden_states) is None:
             return super().forward(hidden_states)
-        dense, activation = self.dense, layers.epilogue(self.intermediate_act_fn)
+        dense, activation = self.dense, layers.epilogue(self.intermediate_act_fn) or "none"
         return kernels.linear(hidden_states, dense.weight, dense.bias, activation, tf32=self.tf32)
 
 

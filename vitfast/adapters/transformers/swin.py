@@ -119,16 +119,15 @@ class SwinLayer(layers.FusedBlock, Rebuilt):
             return None
         parts = self.parts
         normed = self.norm1(hidden_states)
-        frozen = layers.kept(plan.attn.packed, normed)
         # weights are fewer than what comes of them
-        weight, bias = plan.attn.packed if frozen else self._packed()
+        weight, bias = layers.kept(plan.attn.packed, normed, self._packed)
         qkv = kernels.linear(normed, weight, bias, tf32=self.tf32)
         out = kernels.window_attention(
             qkv.unflatten(1, tuple(input_dimensions)),
             parts.q_proj.weight.shape[0] // parts.head_dim,
             (self.window_size,) * 2,
             (int(self.shift_size),) * 2,
-            plan.attn.table if frozen else self._table(),
+            layers.kept(plan.attn.table, normed, self._table),
             parts.scaling,
             tf32=self.tf32,
         )
