@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import vitfast.kernels
-from tests.kernels._cases import CASES, FILES, Case, check
+from tests.kernels._cases import CASES, check
 from tests.kernels._compiler import TARGETS, compiling
+from tests.kernels._data import FILES, Case
 
 # an op for each file of kernels
 COMPILED = ("layer_norm", "linear", "norm_linear", "attention_qkv", "window_attention", "patch_embed")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..watch import PLAN, Watch
-from .guards import foreign, takes, why_not_on
+from .guards import foreign, is_of_class, takes, why_not_on
 
 # what `accelerate` sets on a fused layer, and `restore` takes away
 SWITCHES = ("tf32", "attention_backend", "frozen", "fold", "tail", "stem")
@@ -126,6 +126,13 @@ class FusedLayer(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
             # a launch on another stream may still read what was derived
             torch.cuda.synchronize(next(self.parameters()).device)
         return held
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Transformers 4.57 puts a forward on the object to capture outputs, and the class's own when that is done
+        if name == "forward" and is_of_class(self, value):
+            self.__dict__.pop("forward", None)
+        else:
+            super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Any:
         """As `torch.nn.Module.train`. Training ends what was derived from weights; evaluation derives it anew."""

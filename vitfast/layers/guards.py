@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -118,16 +119,33 @@ def hooked(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         # attention-map tools and offloading put a function in the instance
-        or "forward" in own
+        or own_forward(module)
         or _has_any_global_hook()
+    )
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether an object has a forward that is not its class's: a tool may have put that one back on the object."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not is_of_class(module, forward)
+
+
+def is_of_class(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward is the one that a module's class gives it."""
+    return (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is getattr(type(module), "forward", None)
     )
 
 
 def overridden(module: nn.Module) -> list[str]:
     """A sentence for each method that an object has of its own, in the place of its class's."""
-    names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     # what every module has (train, state_dict) is not part of the forward
-    return [f"{name} is replaced on this object" for name in names if name == "forward" or not hasattr(nn.Module, name)]
+    names = [
+        name for name in vars(module) if callable(getattr(type(module), name, None)) and not hasattr(nn.Module, name)
+    ]
+    return [f"{name} is replaced on this object" for name in (*["forward"] * own_forward(module), *names)]
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:

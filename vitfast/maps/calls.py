@@ -83,7 +83,7 @@ def hooks() -> Iterator[list[Any]]:
 
 # the tokens that an attention is called with, and what else `query_key` wants, by name; None where it is called with
 # keys of another sequence
-Call = tuple[Tensor, dict[str, Tensor]] | None
+Call = tuple[Tensor, dict[str, Any]] | None
 
 
 def call_of(attention: Attention, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -97,13 +97,16 @@ def call_of(attention: Attention, called: nn.Module, args: tuple[Any, ...], kwar
     others = {name: tensor for name, tensor in tensors.items() if tensor is not x}
     if may_cross(attention) and "key" in others:
         return None
-    unknown = others.keys() - inspect.signature(attention.view.query_key).parameters.keys()
+    wanted = inspect.signature(attention.view.query_key).parameters.keys()
+    unknown = others.keys() - wanted
     if unknown or kwargs.get("is_causal") or getattr(attention.module, "is_causal", False):
         raise ValueError(
             f"{attention.name} is called with a mask ({', '.join(sorted(unknown)) or 'is_causal'}); attention maps are "
             "made of unmasked attention only"
         )
-    return x, others
+    return x, {
+        name: value for name, value in arguments.items() if name in wanted and value is not None and value is not x
+    }
 
 
 def may_cross(attention: Attention) -> bool:
@@ -124,7 +127,7 @@ def own_calls(by_attention: dict[Attention, list[Any]]) -> dict[Attention, Any]:
     return caught
 
 
-def probabilities_of(attention: Any, x: Tensor, given: dict[str, Tensor], rows: str) -> Tensor:
+def probabilities_of(attention: Any, x: Tensor, given: dict[str, Any], rows: str) -> Tensor:
     """softmax(scale q k^T + bias) of normed tokens `[B, N, D]`: `[B, h, N, N]`, or `[B, h, N]` of the first token."""
     q, k, bias = attention.query_key(x, **given)
     if rows == "cls":

@@ -142,6 +142,8 @@ def accelerate(
     embeds = [] if normalize is None else _uint8_embeds(model, found, normalize)
     for _, module, m in found:
         if m.fused is not None:
+            # its class's own, if any, would stand in front of the new class's
+            module.__dict__.pop("forward", None)
             module.__class__ = m.fused
     for module in model.modules():
         if isinstance(module, FusedModel):

@@ -42,10 +42,27 @@ def idle(module: nn.Module) -> bool:
         and not own["_forward_pre_hooks"]
         and not own["_backward_hooks"]
         and not own["_backward_pre_hooks"]
-        and "forward" not in own
+        and not layers.own_forward(module)
         and not _has_any_global_hook()
         and all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
     )
+
+
+def relative_of(module: Any, patch_size: int, interpolates: bool, resolution: tuple[int, int] | None) -> Any:
+    """BEiT's relative positions, as the kernel reads them.
+
+    Returns:
+        The table and the grid; None where there is no table, False where the original has to make the bias.
+    """
+    if module is None:
+        return None
+    if interpolates or resolution is None or layers.hooked(module):
+        return False
+    grid = (resolution[0] // patch_size, resolution[1] // patch_size)
+    # the original reads a table that is not square with its sides exchanged
+    if grid != tuple(module.window_size) or grid[0] != grid[1]:
+        return False
+    return module.relative_position_bias_table, grid
 
 
 class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
@@ -94,6 +111,16 @@ class TransformersAttention(layers.FusedSplitAttention, Rebuilt):
             return super().forward(hidden_states, attention_mask, **kwargs)
         return self.fused(hidden_states, plan), None
 
+    def attend(  # type: ignore[override]
+        self, qkv: Any, plan: layers.AttentionPlan, relative: tuple[Tensor, tuple[int, int]] | None = None
+    ) -> Tensor:
+        """q, k and v to merged heads `[B, N, H * d]`, with what `relative_of` says of BEiT's relative positions."""
+        if relative is None:
+            return super().attend(qkv, plan)
+        table, grid = relative
+        q, k, v = qkv if isinstance(qkv, tuple) else self.heads(qkv)
+        return self.relative_attention(q, k, v, layers.by_columns(table), grid)
+
     def query_key(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `FusedAttention.query_key`, with the mask."""
         q, k, _ = super().query_key(x)
@@ -108,18 +135,6 @@ class ViTAttention(TransformersAttention):
     scale = layers.alias("scaling")
     proj = layers.alias("o_proj")
     dropout_name = "attention_dropout"
-
-    # BEiT's layer hands over its table of relative positions, and the grid of patches
-
-    def attend(  # type: ignore[override]
-        self, qkv: Any, plan: layers.AttentionPlan, relative: tuple[Tensor, tuple[int, int]] | None = None
-    ) -> Tensor:
-        """q, k and v to merged heads `[B, N, H * d]`."""
-        if relative is None:
-            return super().attend(qkv, plan)
-        table, grid = relative
-        q, k, v = qkv if isinstance(qkv, tuple) else self.heads(qkv)
-        return self.relative_attention(q, k, v, layers.by_columns(table), grid)
 
 
 class CLIPAttention(TransformersAttention):

@@ -152,6 +152,20 @@ class Dinov2Embeddings(ViTEmbeddings):
         return self.interpolate_pos_encoding(self._counted(pixels), *pixels.shape[2:])
 
 
+class ShapedEmbeddings(Dinov2Embeddings):
+    """BEiT's through 5.8: the numbers of rows and columns beside the tokens."""
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`[B, C, H, W]` to `[B, T + N, D]` and `(rows, columns)`."""
+        out: Any = super().forward(pixel_values, *args, **kwargs)
+        if isinstance(out, tuple):
+            # the original's
+            return out
+        height, width = pixel_values.shape[2:]
+        rows, cols = self.patch_embeddings.proj.kernel_size
+        return out, (height // rows, width // cols)
+
+
 class Dinov2WithRegistersEmbeddings(Dinov2Embeddings):
     """Registers between class token and patches, without position."""
 

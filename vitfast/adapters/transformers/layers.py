@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import layers
 from ..known import Rebuilt
-from .attention import TransformersAttention, collects, idle
+from .attention import TransformersAttention, collects, idle, relative_of
 
 
 class TransformersLayer(layers.FusedBlock, Rebuilt):
@@ -99,7 +99,7 @@ class BeitLayer(ViTLayer):
         **kwargs: Any,
     ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; positions that all layers share come as a mask, and are Transformers' own."""
-        relative = self._relative(interpolate_pos_encoding, resolution)
+        relative = relative_of(self.relative_position_bias, self.patch_size, interpolate_pos_encoding, resolution)
         plan = None
         if relative is not False and layers.inactive(self.dropout):
             plan = self.plan_of(hidden_states, attention_mask, kwargs)
@@ -108,19 +108,6 @@ class BeitLayer(ViTLayer):
                 hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs
             )
         return self.fused(hidden_states, plan, relative=relative, **kwargs)
-
-    def _relative(self, interpolates: bool, resolution: tuple[int, int] | None) -> Any:
-        """The table and the grid; None where there is none, False where the original has to make the bias."""
-        module = self.relative_position_bias
-        if module is None:
-            return None
-        if interpolates or resolution is None or layers.hooked(module):
-            return False
-        grid = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
-        # the original reads a table that is not square with its sides exchanged
-        if grid != tuple(module.window_size) or grid[0] != grid[1]:
-            return False
-        return module.relative_position_bias_table, grid
 
     def attention_inputs(self, relative: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The table and the grid, for fused attention."""

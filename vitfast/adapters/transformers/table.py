@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from ..known import Call, Declined, Offer, of_images, of_rows, of_tokens, pair, pixels, tokens, width
 from ..torch_nn import decline_activation, decline_head_dim
 from .attention import CLIPAttention, LoneSelfAttention, ViTAttention, ViTSelfAttention
@@ -22,6 +24,7 @@ from .embeddings import (
     Dinov2Embeddings,
     Dinov2PatchEmbeddings,
     Dinov2WithRegistersEmbeddings,
+    ShapedEmbeddings,
     ShapedPatchEmbeddings,
     SiglipVisionEmbeddings,
     SizedPatchEmbeddings,
@@ -33,12 +36,17 @@ from .mlp import Dinov2MLP, ViTIntermediate, ViTMLP, ViTOutput
 from .swin import SwinLayer
 from .wrapped import (
     TupledAttention,
+    TupledBeitAttention,
+    TupledBeitLayer,
     TupledCLIPLayer,
     TupledDinov2Layer,
     TupledLayer,
     WrappedAttention,
+    WrappedBeitAttention,
+    WrappedBeitLayer,
     WrappedDinov2Layer,
     WrappedLayer,
+    WrappedSwinLayer,
 )
 
 
@@ -56,14 +64,27 @@ def _decline_wrapped(module: Any) -> str | None:
     return _decline_attention(module.attention)
 
 
-def _wraps(module: Any) -> bool:
+def _wraps(module: Any, names: str = "") -> bool:
     """Whether an attention is a wrapper around queries, keys and values, and an output projection."""
     inner = getattr(module, "attention", None)
-    return all(hasattr(inner, name) for name in _KEPT.split()) and hasattr(getattr(module, "output", None), "dense")
+    holds = all(hasattr(inner, name) for name in (names or _KEPT).split())
+    return holds and hasattr(getattr(module, "output", None), "dense")
+
+
+def _wraps_beit(module: Any) -> bool:
+    return _wraps(module, _KEPT_BEIT)
 
 
 def _holds_wrapped(module: Any) -> bool:
     return _wraps(module.attention)
+
+
+def _holds_beit(module: Any) -> bool:
+    return _wraps_beit(module.attention)
+
+
+def _holds_swin(module: Any) -> bool:
+    return all(hasattr(getattr(module.attention, "self", None), name) for name in _KEPT_SWIN.split())
 
 
 def _decline_mlp(module: Any) -> str | None:
@@ -131,8 +152,26 @@ def _of_beit(module: Any) -> list[Call]:
     ]
 
 
+def _of_wrapped_beit(module: Any) -> list[Call]:
+    """Of a layer, or of the attention inside, which wraps another one."""
+    wrapper = module.attention if _wraps_beit(module.attention) else module
+    inner = wrapper.attention
+    size, patch = width(inner), inner.config.patch_size
+    if not inner.has_relative_position_bias:
+        return of_rows(size)
+    rows, cols = inner.relative_position_bias.window_size
+    resolution = {"resolution": (rows * patch, cols * patch)}
+    x, count = tokens(2, rows * cols + 1, size), rows * cols + 1
+    shared = torch.randn(inner.num_attention_heads, count, count, dtype=torch.float64)
+    return [
+        Call((x,), resolution),
+        Call((x[:1],), {**resolution, "relative_position_bias": shared}, backward=False),
+        Call((x[:1],), {**resolution, "interpolate_pos_encoding": True}, backward=False),
+    ]
+
+
 def _of_map(module: Any) -> list[Call]:
-    side, size = module.window_size, width(module.attention.q_proj)
+    side, size = module.window_size, width(module.attention)
     return [
         Call((tokens(2, 2 * side * 3 * side, size), (2 * side, 3 * side))),
         Call((tokens(1, (2 * side + 1) * side, size), (2 * side + 1, side)), backward=False),
@@ -163,11 +202,14 @@ def _resized(module: Any) -> list[Call]:
 
 _ATTENTION = "config head_dim num_attention_heads q_proj k_proj v_proj o_proj scaling attention_dropout is_causal"
 _KEPT = "config attention_head_size num_attention_heads query key value scaling dropout_prob is_causal"
+_KEPT_BEIT = "config attention_head_size num_attention_heads query key value dropout has_relative_position_bias"
+_KEPT_SWIN = "attention_head_size query key value dropout relative_position_bias_table window_size"
 _TOWER = "config num_heads head_dim q_proj k_proj v_proj out_proj scale dropout"
 _TOKENS = "patch_embeddings cls_token position_embeddings dropout"
 _IMAGES = of_images(_patch, _size)
 _EMBEDDED = (_IMAGES[0], _resized, _IMAGES[1])
 _BLOCK = "layernorm_before attention layernorm_after mlp dropout"
+_HALVES = "layernorm_before attention layernorm_after intermediate output"
 _DINO = "norm1 attention layer_scale1 drop_path norm2 mlp layer_scale2"
 
 
@@ -205,6 +247,16 @@ OFFERS = (
         _wraps,
         settings=(_sdpa,),
     ),
+    Offer(
+        ".*Attention",
+        "attention",
+        (WrappedBeitAttention, TupledBeitAttention),
+        "attention output",
+        (_of_wrapped_beit,),
+        _decline_wrapped,
+        _wraps_beit,
+        settings=(_sdpa,),
+    ),
     Offer(".*MLP", "mlp", (ViTMLP,), "fc1 activation_fn fc2", (of_tokens,), _decline_mlp),
     Offer(".*MLP", "mlp", (Dinov2MLP,), "fc1 activation fc2", (of_tokens,), _decline_mlp),
     Offer(".*Intermediate", "mlp", (ViTIntermediate,), "dense intermediate_act_fn", (of_tokens,), _decline_mlp),
@@ -226,12 +278,15 @@ OFFERS = (
     _block("layer_norm1 self_attn layer_norm2 mlp", CLIPEncoderLayer, TupledCLIPLayer),
     _block(_DINO, WrappedDinov2Layer, TupledDinov2Layer, concerns=_holds_wrapped),
     _block(_DINO, Dinov2Layer, concerns=lambda module: not _holds_wrapped(module)),
+    _block(_HALVES, WrappedLayer, TupledLayer, concerns=_holds_wrapped),
     _block(
-        "layernorm_before attention layernorm_after intermediate output",
-        WrappedLayer,
-        TupledLayer,
-        concerns=_holds_wrapped,
+        f"{_HALVES} lambda_1 drop_path",
+        WrappedBeitLayer,
+        TupledBeitLayer,
+        example=_of_wrapped_beit,
+        concerns=_holds_beit,
     ),
+    _block(f"{_HALVES} window_size shift_size drop_path", WrappedSwinLayer, example=_of_map, concerns=_holds_swin),
     Offer(
         ".*PatchEmbeddings",
         "patch_embed",
@@ -241,7 +296,7 @@ OFFERS = (
     ),
     Offer(".*Embeddings", "patch_embed", (DeiTEmbeddings,), f"{_TOKENS} distillation_token", _EMBEDDED),
     Offer(".*Embeddings", "patch_embed", (Dinov2WithRegistersEmbeddings,), f"{_TOKENS} register_tokens", _EMBEDDED),
-    Offer(".*Embeddings", "patch_embed", (ViTEmbeddings, Dinov2Embeddings), _TOKENS, _EMBEDDED),
+    Offer(".*Embeddings", "patch_embed", (ViTEmbeddings, Dinov2Embeddings, ShapedEmbeddings), _TOKENS, _EMBEDDED),
     Offer(
         ".*Embeddings",
         "patch_embed",
