@@ -144,7 +144,7 @@ def test_a_model_runs_on_a_library(backend: str, build, calls) -> None:
     model = vitfast.accelerate(copy.deepcopy(plain), attention=backend)
     assert vitfast.report(model).attention == backend
     assert str(vitfast.report(model)).endswith(f"attention {backend}")
-    assert_same(plain, model, images(*X))
+    assert_same(plain, model, images(*X), grad=False)
     assert len(calls) == 2
     with torch.inference_mode():
         model(images(*X))
@@ -194,7 +194,7 @@ def test_tables_of_relative_positions_go_to_the_backend_as_a_bias(backend: str, 
         raise AssertionError("our kernel was launched")
 
     monkeypatch.setattr(kernels, "relative_attention", refuse)
-    assert_same(plain, model, images(2, 3, 32, 32))
+    assert_same(plain, model, images(2, 3, 32, 32), grad=False)
     assert [call["bias"].shape for call in calls] == [(2, 4, 17, 17)] * (2 if backend == "xformers" else 0)
     vitfast.accelerate(model, attention="flash_attn", precision="bf16")
     with pytest.raises(ValueError, match="'flash_attn' takes no bias"):
@@ -227,7 +227,7 @@ def test_windows_are_the_originals_under_another_backend(build, monkeypatch: pyt
     launches: list[int] = []
     original = kernels.window_attention
     monkeypatch.setattr(kernels, "window_attention", lambda *a, **k: launches.append(1) or original(*a, **k))
-    assert_same(plain, model, images(2, 3, 32, 32))
+    assert_same(plain, model, images(2, 3, 32, 32), grad=False)
     assert launches == []
     assert "attention='sdpa' knows no windows: the original forward runs" in str(vitfast.report(model))
     vitfast.accelerate(model, attention="auto")

@@ -189,7 +189,7 @@ def test_parity_reads_a_checkpoint(capsys, tmp_path) -> None:
             "FusedTimmAttention",
             "not the plain pre-norm block",
         ),
-        ("transformers:vit", "ViTModel of transformers.", "FusedViTLayer", None),
+        ("transformers:vit", "ViTModel of transformers.", "ViTLayer", None),
         ("resnet18", "ResNet of timm.", None, None),
     ],
 )
@@ -214,7 +214,7 @@ def test_report_of_a_folder_reads_no_weights(capsys, tmp_path) -> None:
     status, out, _ = run(capsys, "report", str(tmp_path), "--only", "mlp")
     assert status == 0
     assert out.startswith(f"{tmp_path}: CLIPVisionModel of transformers.models.clip.modeling_clip")
-    assert "FusedCLIPMLP" in out
+    assert "ViTMLP" in out
     assert "could be replaced, is not switched on" in out
     assert "\n2 modules replaced, " in out
 

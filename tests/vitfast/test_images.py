@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import vitfast
 from tests.vitfast._images import MODES, SIZES, picture, tensor
-from vitfast.architectures import create_model, list_models
 from vitfast.images.resize import ResizeCrop
 from vitfast.images.spec import ImageSpec, image_spec
 from vitfast.images.transforms import preprocess
+from vitfast.reference.architectures import create_model, list_models
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

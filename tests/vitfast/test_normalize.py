@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import vitfast
 from tests._close import assert_close
 from tests.vitfast._models import BUILDERS, TINY, fused_names, reference, timm_vit
-from vitfast.architectures import create_model
 from vitfast.kernels import INTERPRET
+from vitfast.reference.architectures import create_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

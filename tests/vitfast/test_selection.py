@@ -75,7 +75,7 @@ def test_a_kind_that_loses_is_left_out(build, clock, loser):
 def test_a_tail_that_loses_is_left_out(build, clock):
     clock["tail"] = 9.0
     fused = vitfast.accelerate(build(), example=images(*X))
-    assert fused.fold and not fused.tail
+    assert all(block.fold for block in fused.blocks) and not fused.tail
 
 
 def test_nothing_is_replaced_where_the_plain_model_wins(build, clock):

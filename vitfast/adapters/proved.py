@@ -40,14 +40,15 @@ def prove(module: nn.Module, offer: Offer, mixin: type[Any], match: Callable[[nn
     """
     held = _blocks(mixin, module) if issubclass(mixin, FusedModel) else None
     key = (mixin, offer, decides(module, held, mixin))
+    fused: Any = around(mixin, original_class(type(module)))
+    # a plan runs the original where these are others than those that were proved: not while they are
+    before, fused.forwards = fused.forwards, own_forwards(fused.replaces)
     if key not in _verdicts:
         if len(_verdicts) >= 4096:
             _verdicts.clear()
         _verdicts[key] = _try(module, offer, mixin, match, held)
-    if _verdicts[key] is None:
-        original = original_class(type(module))
-        # a plan compares them
-        around(mixin, original).forwards = own_forwards(original)  # type: ignore[attr-defined]
+    if _verdicts[key] is not None:
+        fused.forwards = before
     return _verdicts[key]
 
 

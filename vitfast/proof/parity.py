@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import match
+from ..adapters.known import mixin_name
 from ..layers import FusedBlock, FusedLayer
 from ..rule import ALIKE, FACTOR, Comparison, compare
 from ..swap.accelerate import accelerate, restore
@@ -229,7 +230,7 @@ class _Modules:
         yield module.register_forward_hook(end, with_kwargs=True)
 
     def add(self, name: str, fused: Any, comparison: Comparison) -> None:
-        row = ModuleParity(name, fused.kind, fused.replaces.__name__, type(fused).__name__, comparison)
+        row = ModuleParity(name, fused.kind, fused.replaces.__name__, mixin_name(type(fused)), comparison)
         known = self.rows.get(name)
         if known is None or _severity(row) > _severity(known):
             self.rows[name] = row
