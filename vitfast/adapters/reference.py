@@ -96,11 +96,12 @@ class FusedReferenceVisionTransformer(layers.FusedModel, Rebuilt):
             return super().embed(pixels)
         pos = self.pos_embed_for(stem.grid(pixels.shape[2], pixels.shape[3]))
         prefix = [token[0] for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
-        return stem.tokens(
+        tokens = stem.tokens(
             pixels,
             prefix[0] if len(prefix) == 1 else torch.cat(prefix) if prefix else None,
             None if pos is None else pos[0],
         )
+        return tokens if prefix else layers.for_dropout(tokens, self.pos_drop)
 
 
 def _decline_attention(module: Any) -> str | None:

@@ -30,7 +30,7 @@ from .guards import (
 from .known import epilogue, inactive, rate_of, scale_of
 from .mlp import FusedMlp, MlpPlan
 from .model import FusedModel, FusedStemModel
-from .patch_embed import FusedPatchEmbed
+from .patch_embed import FusedPatchEmbed, for_dropout
 from .tables import by_columns, cosine_scales, kept, position_table, why_uncut, windows_pay
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "derive_anywhere",
     "deriving",
     "epilogue",
+    "for_dropout",
     "foreign",
     "hooked",
     "inactive",

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from .. import kernels
 from .base import FusedLayer, Plan
 from .guards import foreign, plain, takes
+from .known import inactive
+
+
+def for_dropout(tokens: Tensor, dropout: Any) -> Tensor:
+    """Tokens `[B, N, D]` in memory as a convolution leaves them, where dropout draws in that order."""
+    return tokens if inactive(dropout) else tokens.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class FusedPatchEmbed(FusedLayer):

@@ -114,6 +114,8 @@ class FusedTimmVisionTransformer(layers.FusedModel, Rebuilt):
             prefix[0] if len(prefix) == 1 else torch.cat(prefix) if prefix else None,
             None if pos is None else pos[0],
         )
+        if not prefix:
+            tokens = layers.for_dropout(tokens, self.pos_drop)
         # timm adds no dropout where there is no position embedding
         tokens = tokens if pos is None else self.pos_drop(tokens)
         return self.norm_pre(self.patch_drop(tokens))

@@ -29,6 +29,9 @@ def collects(key: str) -> bool:
     """Whether a forward is under way that captures these outputs."""
     if output_capturing is None:
         return False
+    # a compiler cannot read the variable, which knows if it was set while that traces
+    if torch.compiler.is_compiling() and not getattr(output_capturing._active_collector, "compiling", True):
+        return False
     collector = output_capturing._active_collector.get()
     return collector is not None and key in collector
 
