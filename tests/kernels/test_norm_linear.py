@@ -103,7 +103,7 @@ def _folding_on_bf16(height: float) -> tuple[float, float]:
     wide = x.double()
     truth = F.layer_norm(wide, (768,), g.double(), beta.double(), 1e-6) @ weight.double().t()
     mean, rstd = wide.mean(1, keepdim=True), (wide.var(1, correction=0, keepdim=True) + 1e-6).rsqrt()
-    ours = FILE.folded(weight, None, g, beta)
+    ours = FILE.fold(weight, None, g, beta)
     product = (wide @ ours.weight.double().t()).float()
     folded = (rstd.float() * (product - mean.float() * ours.colsum) + ours.bias).bfloat16()
     normed = F.layer_norm(x.float(), (768,), g.float(), beta.float(), 1e-6).bfloat16()
