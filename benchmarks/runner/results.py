@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vitfast.clock.ceilings import Ceilings
+from vitfast.kernels._config import write_json
 
 SCHEMA = 1
 
@@ -121,19 +121,6 @@ class Run:
             "rows": [asdict(row) for row in self.rows],
         }
         write_json(path, content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all, its folder too.
-
-    Raises:
-        ValueError: a NaN or an infinity in it, which JSON has no number for.
-    """
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def load(path: Path) -> Run:

@@ -33,8 +33,6 @@ IDENTITY = nn.Identity()
 # the last two stand for ordinary tensors while somebody traces
 TENSORS = frozenset((Tensor, Parameter, Buffer, FakeTensor, FunctionalTensor))
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def alias(name: str) -> Any:
     """A class attribute that gives an object's own attribute another name: the one that the mix-ins here read."""

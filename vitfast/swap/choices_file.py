@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,7 +98,4 @@ def read_choices(path: Path) -> dict[str, Any]:
 
 def write_choice(path: Path, key: str, choice: Choice) -> None:
     choices = {**read_choices(path), key: asdict(choice)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps({"schema": SCHEMA, "choices": choices}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    _config.write_json(path, {"schema": SCHEMA, "choices": choices})
