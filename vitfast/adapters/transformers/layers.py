@@ -26,8 +26,8 @@ class TransformersLayer(layers.FusedBlock, Rebuilt):
     def plan_of(self, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> layers.BlockPlan | None:
         """The plan, or None where the original has to run: fused attention takes no mask, and hands out no weights."""
         attn = self.attn
-        # outputs are captured by hooks, once they were asked for
-        if mask is not None or (vars(attn)["_forward_hooks"] and collects("attentions")):
+        # Transformers captures weights by hooks on modules inside, which fused kernels pass by
+        if mask is not None or collects("attentions"):
             return None
         # another attention is called with all that there is
         if isinstance(attn, TransformersAttention) and (attn.beyond(kwargs) or attn.unknown_implementation()):
