@@ -118,7 +118,15 @@ def _patch_embed_fwd_kernel(
     grid_y = (patch // grid_w).to(tl.int64)
     grid_x = (patch % grid_w).to(tl.int64)
     corner = batch * stride_b + grid_y * P * stride_h + grid_x * Q * stride_w
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # pixels that are converted come to the dot in registers. There they must be its second operand, which the compiler
+    # puts into shared memory: a first operand in registers is overwritten while Hopper's asynchronous dot reads it
+    # (triton-lang/triton issue 9433)
+    CONVERTED: tl.constexpr = (
+        scale_ptr is not None
+        or shift_ptr is not None
+        or pixels_ptr.dtype.element_ty != weight_ptr.dtype.element_ty
+    )
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if CONVERTED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_mask = k < K
@@ -142,11 +150,16 @@ def _patch_embed_fwd_kernel(
                 x += tl.load(shift_ptr + c, mask=k_mask, other=0.0).to(tl.float32)[None, :]
         x = x.to(weight_ptr.dtype.element_ty)
         # weights lie in k's own order; past the last k they are zero, whatever normalising made of the pixels there
-        w_mask = k_mask[:, None] & col_mask[None, :]
-        # [BLOCK_K, BLOCK_N]
-        w = tl.load(weight_ptr + cols.to(tl.int64)[None, :] * K + k[:, None], mask=w_mask, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        w_mask = col_mask[:, None] & k_mask[None, :]
+        # [BLOCK_N, BLOCK_K]
+        w = tl.load(weight_ptr + cols.to(tl.int64)[:, None] * K + k[None, :], mask=w_mask, other=0.0)
+        if CONVERTED:
+            acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
 
+    if CONVERTED:
+        acc = acc.T
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     mask = row_mask[:, None] & col_mask[None, :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,16 @@ def test_steps_run_in_order_within_the_time(tree: Path) -> None:
     for call, (name, seconds) in zip(calls, steps, strict=True):
         if budget := re.search(r"--budget (\d+)", call):
             assert int(budget[1]) < int(seconds), name
-    assert [word for call in calls for word in ("bfloat16", "--precision tf32", "bench", " tune ") if word in call]
+    assert [word for call in calls for word in ("tests/kernels", "--precision tf32", "bench", " tune ") if word in call]
+
+
+def test_commands_of_benchmarks_are_found_where_nothing_is_installed(tree: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    day(tree)
+    found = distributions(path=[str(tree / "build" / "tree")])
+    here = {entry.name: entry.value for each in found for entry in each.entry_points}
+    assert here == {entry.name: entry.value for entry in entry_points(group="vitfast.commands")}
+    assert here.keys() >= {"bench", "tune"}
 
 
 def test_what_fails_or_hangs_stops_nothing_and_is_told(tree: Path) -> None:
