@@ -73,23 +73,23 @@ step() {
 
 # compiling takes most of a test's time, and one core
 workers=$(($(nproc) > 12 ? 12 : $(nproc)))
-tests() { step "tests-$1" "$2" -m pytest -q --tb=short -n "$workers" -p no:cacheprovider -o faulthandler_timeout=120 -m gpu "$3"; }
+tests() { OMP_NUM_THREADS=1 step "tests-$1" "$2" -m pytest -q --tb=short -n "$workers" -p no:cacheprovider -o faulthandler_timeout=120 -m gpu "$3"; }
 parity() { step "parity-$1-$2" 2 -m vitfast parity "$1" --precision "$2" --batch 8; }
 # the budget leaves time to finish the last workload
 bench() { step "$1" "$2" -m vitfast bench --out "$out" --budget "$(($(seconds "$2") * 7 / 10 + 1))" "${@:3}"; }
 
 B=vit_base_patch16_224 L=vit_large_patch16_224
 tests kernels 9 tests/kernels
-tests models 5 tests/vitfast
+tests models 9 tests/vitfast
 for model in $B $L; do parity $model bf16; done
 for precision in fp16 fp32 tf32; do parity $B $precision; done
 # against all peers later: compiling them takes minutes
-bench headline 13 --model $B $L --batch 256 1 --peers "torch eager" "torch compiled" "timm compiled" vitfast
+bench headline 12 --model $B $L --batch 256 1 --peers "torch eager" "torch compiled" "timm compiled" vitfast
 bench peers 15 --model $B $L --batch 256 1
 bench kernels 12 --layers kernel --model $B $L --batch 256 1
-step tune 18 -m vitfast tune --model $B $L --batch 1 256 --budget "$(($(seconds 18) * 8 / 10 + 1))" --out "$out/configs"
+step tune 16 -m vitfast tune --model $B $L --batch 1 256 --budget "$(($(seconds 16) * 8 / 10 + 1))" --out "$out/configs"
 for batch in 256 1; do step "profile-$batch" 2 -m vitfast.benchmarks.kernel_profile --model $B --batch "$batch"; done
-bench rest 14 --layers model train block end_to_end --batch 256 1
+bench rest 13 --layers model train block end_to_end --batch 256 1
 
 printf '%s\n' '' "${summary[@]}"
 exit "$failed"

@@ -27,46 +27,9 @@ from torch import Tensor
 from ._config import Key, arch, has_library, lookup, sm_count
 from ._op import dense, dot_precision, flatten_rows
 from ._triton import TensorDescriptor, cdiv, next_power_of_2, tl, triton
-from .activation import activate, activate_ref
-
-STATS_WIDTH = 64
-"""Columns whose statistics are kept together: the narrowest tile's width, so that every tile has whole groups."""
-
-
-@triton.jit
-def _merge_stats(means_ptr, squares_ptr, rows, M, K, eps, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    # (mean, rstd) of K elements from those of groups of WIDTH; means and squares: [M, ceil(K / WIDTH)]
-    count = tl.cdiv(K, WIDTH)
-    group = tl.arange(0, GROUPS)
-    at = tl.where(rows < M, rows, 0)[:, None] * count + group[None, :]
-    present = (group < count)[None, :]
-    means = tl.load(means_ptr + at, mask=present, other=0.0)  # [BLOCK_M, GROUPS]
-    squares = tl.load(squares_ptr + at, mask=present, other=0.0)
-    sizes = tl.maximum(tl.minimum(K - group * WIDTH, WIDTH), 0).to(tl.float32)[None, :]
-    mean = tl.sum(means * sizes, axis=1) / K
-    apart = means - mean[:, None]
-    rstd = tl.rsqrt(tl.sum(squares + sizes * apart * apart, axis=1) / K + eps)
-    return mean, rstd
-
-
-@triton.jit
-def store_stats(y, means_ptr, squares_ptr, rows, col, M, N, WIDTH: tl.constexpr):
-    # y: [BLOCK_M, BLOCK_N], rounded; col: its first column, a multiple of WIDTH
-    BLOCK_M: tl.constexpr = y.shape[0]
-    GROUPS: tl.constexpr = y.shape[1] // WIDTH
-    count = tl.cdiv(N, WIDTH)
-    group = col // WIDTH + tl.arange(0, GROUPS)
-    left = (N - group * WIDTH)[None, :, None]
-    inside = tl.arange(0, WIDTH)[None, None, :] < left
-    y = tl.where(inside, tl.reshape(y.to(tl.float32), (BLOCK_M, GROUPS, WIDTH)), 0.0)
-    sizes = tl.maximum(tl.minimum(left, WIDTH), 1).to(tl.float32)
-    mean = tl.sum(y, axis=2, keep_dims=True) / sizes  # [BLOCK_M, GROUPS, 1]
-    apart = tl.where(inside, y - mean, 0.0)
-    squares = tl.sum(apart * apart, axis=2)
-    at = rows[:, None] * count + group[None, :]
-    mask = (rows < M)[:, None] & (group < count)[None, :]
-    tl.store(means_ptr + at, tl.reshape(mean, (BLOCK_M, GROUPS)), mask=mask)
-    tl.store(squares_ptr + at, squares, mask=mask)
+from .activation import activate_ref
+from .epilogue import STATS_WIDTH, before_residual, merge_stats, store_stats, tile_ids
+from .pingpong import MAX_GROUPS, launch_pingpong
 
 
 @triton.jit
@@ -86,29 +49,11 @@ def _epilogue(
     ACTIVATION: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    # acc: [BLOCK_M, BLOCK_N] fp32; the activation stands between bias and scale
-    if colsum_ptr is not None:
-        colsum = tl.load(colsum_ptr + cols, mask=cols < N, other=0.0)
-        acc = rstd[:, None] * (acc - mean[:, None] * colsum[None, :])
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION, dtype)
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    acc = before_residual(acc, mean, rstd, colsum_ptr, bias_ptr, scale_ptr, cols, N, ACTIVATION, dtype)
     if residual_ptr is not None:
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         acc += tl.load(residual_ptr + rows[:, None] * stride_rm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     return acc.to(dtype)
-
-
-@triton.jit
-def _tile_ids(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    # walk GROUP_M rows of tiles down before the next column, so that neighbours share operands in L2
-    group = tile // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return first_m + within % group_m, within // group_m
 
 
 @triton.jit
@@ -144,7 +89,7 @@ def _linear_fwd_kernel(
     SPLIT_K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    tile_m, tile_n = _tile_ids(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_ids(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k_tiles = tl.cdiv(K, BLOCK_K)
@@ -184,7 +129,7 @@ def _linear_fwd_kernel(
         mean = None
         rstd = None
         if means_ptr is not None:
-            mean, rstd = _merge_stats(means_ptr, squares_ptr, rows, M, K, eps, WIDTH, GROUPS)
+            mean, rstd = merge_stats(means_ptr, squares_ptr, rows, tl.arange(0, GROUPS), M, K, eps, WIDTH)
         y = _epilogue(
             acc, mean, rstd, colsum_ptr, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm,
             ACTIVATION, y_ptr.dtype.element_ty,
@@ -231,20 +176,20 @@ def _linear_fwd_tma_kernel(
     # the epilogue counts its tiles itself: with that the flattened loop has no edge from prologue to epilogue
     done = first
     for tile in tl.range(first, tiles_m * tiles_n, n_programs, flatten=True):
-        tile_m, tile_n = _tile_ids(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_ids(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, tl.cdiv(K, BLOCK_K)):
             x = x_desc.load([tile_m * BLOCK_M, k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
             w = weight_desc.load([tile_n * BLOCK_N, k * BLOCK_K])  # [BLOCK_N, BLOCK_K]
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
 
-        tile_m, tile_n = _tile_ids(done, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_ids(done, tiles_m, tiles_n, GROUP_M)
         done += n_programs
         rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mean = None
         rstd = None
         if means_ptr is not None:
-            mean, rstd = _merge_stats(means_ptr, squares_ptr, rows, M, K, eps, WIDTH, GROUPS)
+            mean, rstd = merge_stats(means_ptr, squares_ptr, rows, tl.arange(0, GROUPS), M, K, eps, WIDTH)
         if SUBTILE:
             # half a tile at a time: half the registers and half the shared memory of the store
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -272,6 +217,7 @@ class Config:
         subtile: store the tile in two halves (descriptor kernel only).
         split_k: parts of K that are summed by programs of their own (pointer kernel only).
         library: torch's own GEMM instead, with the other fields unused; 16-bit, without statistics.
+        pingpong: the kernel of `pingpong.py`, which has tiles of 128 x 128 x 64 and 4 warps (with `tma`, on sm_90).
     """
 
     block_m: int
@@ -284,11 +230,12 @@ class Config:
     subtile: bool = False
     split_k: int = 1
     library: bool = False
+    pingpong: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
 def heuristic(
-    m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, arch: int, tma: bool, sms: int
+    m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, arch: int, tma: bool, sms: int, pingpong: bool
 ) -> Config:
     """Tiles from the shape alone: the largest that still give every multiprocessor one; a long K is split for that.
 
@@ -299,6 +246,7 @@ def heuristic(
         arch: 10 * major + minor of the compute capability.
         tma: the operands can be described to the copy engine.
         sms: number of multiprocessors.
+        pingpong: the kernel of `pingpong.py` can compute it.
     """
     large = cdiv(m, 128) * cdiv(n, 128) >= sms
     if dtype == torch.float32:
@@ -308,8 +256,9 @@ def heuristic(
     if tma and large:
         # a tile of fp32 output takes twice the shared memory: store it in halves
         wide = out_dtype == torch.float32
-        if arch == 90 and not wide and cdiv(m, 128) * cdiv(n, 256) >= 2 * sms:
-            return Config(128, 256, 64, 8, num_warps=8, num_stages=3, tma=True, subtile=True)
+        # two tiles for every multiprocessor, one of which is multiplied while the other is finished
+        if pingpong and cdiv(m, 128) * cdiv(n, 128) >= 2 * sms:
+            return Config(128, 128, 64, 8, num_warps=4, num_stages=5, tma=True, pingpong=True)
         # sm_120 has the copy engine, but 99 KiB of shared memory for a block instead of 227
         if arch == 120:
             return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True, subtile=wide)
@@ -394,13 +343,23 @@ def launch_gemm(
     capability = arch(x.device)
     # exact fp32 has no tensor-core form, so the pointer kernel serves it everywhere
     on_tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-    tma = capability >= 90 and k > 0 and on_tensor_cores and _describable(x2d, weight, y2d)
+    residual = None if residual is None else flatten_rows(residual)
+    matrices = (x2d, weight, y2d) if residual is None else (x2d, weight, y2d, residual)
+    tma = capability >= 90 and k > 0 and on_tensor_cores and _describable(*matrices)
     flags: tuple[str, ...] = () if y.dtype == x.dtype else (f"{str(y.dtype)[6:]} out",)
     flags += () if tma else ("pointers",)
     flags += () if stats is None else ("norm",)
     flags += () if y_stats is None else ("stats",)
     key = Key("linear", (("m", m), ("n", n), ("k", k)), x.dtype, flags)
-    config = lookup(key, x.device, Config, lambda: heuristic(m, n, k, x.dtype, y.dtype, capability, tma, sms))
+    # the ping-pong kernel holds a row's groups of statistics in a thread's registers, and writes whole groups
+    pingpong = (
+        tma
+        and capability == 90
+        and x.dtype == y.dtype != torch.float32
+        and (stats is None or stats.shape[-1] <= MAX_GROUPS)
+        and (y_stats is None or n % STATS_WIDTH == 0)
+    )
+    config = lookup(key, x.device, Config, lambda: heuristic(m, n, k, x.dtype, y.dtype, capability, tma, sms, pingpong))
     store_n = config.block_n // 2 if config.subtile else config.block_n
     if config.library:
         if not has_library(key):
@@ -408,16 +367,19 @@ def launch_gemm(
         return library_linear(x, weight, bias, activation, residual, scale)
     if y_stats is not None and store_n % STATS_WIDTH:
         raise ValueError(f"linear: the config of {key.text!r} stores {store_n} columns; expected whole {STATS_WIDTH}s")
+    if config.pingpong and not pingpong:
+        raise ValueError(
+            f"linear: the config of {key.text!r} has pingpong=True; expected sm_90, 16-bit operands and output that the"
+            f" copy engine can address, a normed K up to {MAX_GROUPS * STATS_WIDTH}, and whole groups of statistics"
+        )
     if config.tma and config.split_k > 1:
         raise ValueError(f"linear: the config of {key.text!r} splits K in the descriptor kernel; expected one")
     means, squares = (None, None) if stats is None else stats
     y_means, y_squares = (None, None) if y_stats is None else y_stats
-    residual = None if residual is None else flatten_rows(residual)
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
-    # what both kernels take
+    # what all kernels take
     common = {
         "bias_ptr": dense(bias),
-        "residual_ptr": residual,
         "scale_ptr": dense(scale),
         "means_ptr": means,
         "squares_ptr": squares,
@@ -427,16 +389,22 @@ def launch_gemm(
         "M": m,
         "N": n,
         "K": k,
-        "stride_rm": 0 if residual is None else residual.stride(0),
         "eps": eps,
         "ACTIVATION": activation,
-        "PRECISION": precision,
         "WIDTH": STATS_WIDTH,
         "GROUPS": 1 if stats is None else next_power_of_2(stats.shape[-1]),
+        "GROUP_M": config.group_m,
+    }
+    if config.pingpong:
+        launch_pingpong(x2d, weight, y2d, residual, programs=min(sms, tiles), num_stages=config.num_stages, **common)
+        return y
+    common |= {
+        "residual_ptr": residual,
+        "stride_rm": 0 if residual is None else residual.stride(0),
+        "PRECISION": precision,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

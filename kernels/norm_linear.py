@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
-from .gemm import STATS_WIDTH, launch_gemm, store_stats
+from .epilogue import STATS_WIDTH, store_stats
+from .gemm import launch_gemm
 from .layer_norm import MAX_WIDTH, launch_config, layer_norm_ref, norm_gradients
 from .linear import check_linear, linear_backward, linear_gradients, linear_ref, linear_setup
 

@@ -12,10 +12,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from vitfast.kernels import pingpong
 from vitfast.kernels._config import Key, has_library
 from vitfast.kernels._triton import cdiv, next_power_of_2
-from vitfast.kernels.attention import split_head_dim
-from vitfast.kernels.gemm import STATS_WIDTH
+from vitfast.kernels.attention import RESIDENT_KEYS, key_parts, split_head_dim
+from vitfast.kernels.epilogue import STATS_WIDTH
 
 Entry = dict[str, Any]
 
@@ -101,6 +102,19 @@ def _gemm_fits(key: Key, entry: Entry, *, shared: int, **limits: int) -> bool:
 def _linear_fits(key: Key, entry: Entry, *, arch: int, shared: int, sms: int) -> bool:
     m, n, k = (size for _, size in key.sizes)
     block_n, split_k = entry["block_n"], entry["split_k"]
+    if entry["pingpong"]:
+        tile = (entry["block_m"], block_n, entry["block_k"])
+        return (
+            arch == 90
+            and key.dtype.itemsize == 2
+            and not any(flag == "pointers" or flag.endswith(" out") for flag in key.flags)
+            and ("norm" not in key.flags or k <= pingpong.MAX_GROUPS * STATS_WIDTH)
+            and ("stats" not in key.flags or n % STATS_WIDTH == 0)
+            and entry["tma"]
+            and (*tile, entry["num_warps"], split_k, entry["subtile"])
+            == (pingpong.BLOCK_M, pingpong.BLOCK_N, pingpong.BLOCK_K, 4, 1, False)
+            and pingpong.shared_bytes(entry["num_stages"]) <= shared
+        )
     if entry["tma"]:
         kernel = arch >= 90 and "pointers" not in key.flags and split_k == 1
     else:
@@ -115,6 +129,20 @@ def _linear_fits(key: Key, entry: Entry, *, arch: int, shared: int, sms: int) ->
 def _attention_fits(key: Key, entry: Entry, **limits: int) -> bool:
     n, s, d = (size for _, size in key.sizes)
     block_m, block_s, warps = entry["block_m"], entry["block_s"], entry["num_warps"]
+    if entry["resident"]:
+        width, tail = split_head_dim(d)
+        keys = sum(key_parts(s))
+        return (
+            not key.flags
+            and tail == 0
+            and keys <= RESIDENT_KEYS
+            # which it does not use
+            and block_s == max(16, next_power_of_2(s))
+            and _covers(block_m, n)
+            and warps <= 16
+            and block_m * (keys + width) < REGISTERS * 32 * warps
+            and 2 * keys * width * key.dtype.itemsize <= limits["shared"]
+        )
     # a bias has a tile of its own, as large as the scores
     scores = block_m * block_s * (2 if "bias" in key.flags else 1)
     return (

@@ -37,6 +37,7 @@ KEYS = [
     ("layer_norm", "rows=50432,width=768,bfloat16"),
     ("row_stats", "rows=197,width=768,bfloat16"),
     ("patch_embed", "patches=50176,width=768,k=768,bfloat16"),
+    ("patch_embed", "patches=50176,width=768,k=768,bfloat16,converted"),
 ]
 
 
@@ -44,7 +45,8 @@ def present(key: Key, arch: int, shared: int, sms: int) -> dict[str, Any]:
     """What the op's heuristic says for a key."""
     file, sizes = file_of(key.op), [size for _, size in key.sizes]
     if key.op == "linear":
-        config = file.heuristic(*sizes, key.dtype, key.dtype, arch, arch >= 90 and "pointers" not in key.flags, sms)
+        tma = arch >= 90 and "pointers" not in key.flags
+        config = file.heuristic(*sizes, key.dtype, key.dtype, arch, tma, sms, tma and arch == 90)
     elif key.op == "attention":
         config = file.heuristic(*sizes, key.dtype, "bias" in key.flags, arch)
     else:

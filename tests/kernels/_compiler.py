@@ -115,7 +115,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _compiled(name: str, kernel: Any, arguments: dict[str, Any], programs: int) -> Compiled:
-    launched = (name, arguments, programs, kernel.asm["ttir"])
+    launched = (name, arguments, programs, kernel.asm.get("ttir", ""))
     if "cubin" in kernel.asm:
         cubin = kernel.asm["cubin"]
         registers, spills = _resources(cubin)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import vitfast.kernels as kernels
 from tests.kernels._cases import ATTENTION, ATTENTION_LSE, ATTENTION_QKV, RELATIVE_ATTENTION, Lane, across_lanes, check
 from tests.kernels._data import Case, module
 from vitfast.kernels import INTERPRET, attention, attention_lse, attention_qkv, relative_attention
@@ -30,14 +31,67 @@ SMALL = [case for case in (*ATTENTION, *ATTENTION_LSE, *ATTENTION_QKV, *RELATIVE
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     "config",
-    [FILE.Config(16, 16, 4, 1), FILE.Config(32, 32, 4, 2), FILE.Config(64, 256, 4, 1)],
-    ids=["online-16", "online-32", "whole"],
+    [
+        FILE.Config(16, 16, 4, 1),
+        FILE.Config(32, 32, 4, 2),
+        FILE.Config(64, 256, 4, 1),
+        FILE.Config(16, 16, 4, 1, resident=True),
+    ],
+    ids=["online-16", "online-32", "whole", "resident"],
 )
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_both_softmaxes(case: Case, config: Any, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_softmax(case: Case, config: Any, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FILE, "heuristic", lambda *args: config)
+    arguments = case.arguments(torch.float32, "meta")
+    d = arguments["q"].shape[-1] if "q" in arguments else arguments["qkv"].shape[-1] // (3 * arguments["heads"])
+    biased = any(arguments.get(name) is not None for name in ("bias", "table"))
+    if config.resident and (biased or FILE.split_head_dim(d)[1]):
+        with pytest.raises(ValueError, match="expected a power of two, without bias"):
+            getattr(kernels, case.op)(**case.arguments(torch.float32, "cpu"))
+        return
     # the backward is torch's own whatever the tiles
     check(dataclasses.replace(case, wrt=()), "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for case in SMALL if case.op != "relative_attention"], ids=str)
+def test_resident_keys_of_any_size(
+    case: Case, dtype: torch.dtype, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = FILE.heuristic
+
+    def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: int) -> Any:
+        if biased or FILE.split_head_dim(d)[1] or s > FILE.RESIDENT_KEYS:
+            return usual(n, s, d, dtype, biased, arch)
+        return FILE.Config(64, 16, 4, 2, resident=True)
+
+    monkeypatch.setattr(FILE, "heuristic", heuristic)
+    check(dataclasses.replace(case, wrt=()), "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for case in ATTENTION_QKV if case.real], ids=str)
+def test_numbers_of_a_large_batch(case: Case, dtype: torch.dtype, poisoned: None) -> None:
+    check(dataclasses.replace(case, wrt=()), "cuda", dtype, batch=32)
+
+
+@reference_lane
+def test_what_torch_s_kernels_for_cuda_read() -> None:
+    x = torch.randn(2, 3, 7, 72)
+    assert FILE.aligned(x) is x
+    # 67 columns are padded by torch itself, whatever their rows' addresses
+    whole = torch.randn(2, 3, 7, 67)
+    assert FILE.aligned(whole) is whole
+    odd = [torch.randn(2, 3, 7, 75)[..., :72], torch.randn(2 * 3 * 7 * 72 + 1)[1:].view(2, 3, 7, 72)]
+    odd += [torch.randn(2, 3, 72, 7).mT, torch.randn(7, 1).expand(7, 72), whole[..., 1:]]
+    for y in odd:
+        good = FILE.aligned(y)
+        assert good.is_contiguous() and good.storage_offset() == 0 and torch.equal(good, y)
+        y.requires_grad_()
+        FILE.aligned(y).sum().backward()
+        assert y.grad is not None
 
 
 @pytest.mark.interpret

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests._close import assert_close
-from tests.kernels._cases import LINEAR, Lane, across_lanes, check
+from tests.kernels._cases import CASES, LINEAR, Lane, across_lanes, check
 from tests.kernels._data import Case, module
 from vitfast.kernels import INTERPRET, linear, linear_ref
 from vitfast.kernels._triton import tl, triton
@@ -23,6 +23,33 @@ _gelu_16 = module("activation")._gelu_16
 @across_lanes("linear")
 def test_numbers(case: Case, lane: Lane, through_op: None, poisoned: None) -> None:
     check(case, lane.device, lane.dtype)
+
+
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+GEMMS = [case for op in ("linear", "linear_stats", "norm_linear") for case in CASES[op]]
+
+
+@pytest.mark.gpu
+@SIXTEEN_BITS
+@pytest.mark.parametrize("case", [case for case in GEMMS if case.real], ids=str)
+def test_numbers_of_a_large_batch(case: Case, dtype: torch.dtype, poisoned: None) -> None:
+    check(case, "cuda", dtype, batch=32)
+
+
+@pytest.mark.gpu
+@SIXTEEN_BITS
+@pytest.mark.parametrize("case", [case for case in GEMMS if not case.real], ids=str)
+def test_pingpong_of_any_size(
+    case: Case, dtype: torch.dtype, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = FILE.heuristic
+
+    def heuristic(*args: Any) -> Any:
+        pingpong = args[-1]
+        return FILE.Config(128, 128, 64, 8, 4, 5, tma=True, pingpong=True) if pingpong else usual(*args)
+
+    monkeypatch.setattr(FILE, "heuristic", heuristic)
+    check(case, "cuda", dtype)
 
 
 DESCRIBED = [case for case in LINEAR if not case.real]
@@ -231,18 +258,21 @@ def test_wrong_input_is_named(arguments: dict[str, Any], error: type[Exception],
 def test_heuristic_is_a_valid_config(arch: int, dtype: torch.dtype, m: int, n: int) -> None:
     for tma in (False, arch >= 90):
         for out_dtype in (dtype, torch.float32):
-            arguments = (m, n, 768, dtype, out_dtype, arch, tma, 132)
+            pingpong = tma and arch == 90 and out_dtype == torch.float16
+            arguments = (m, n, 768, dtype, out_dtype, arch, tma, 132, pingpong)
             config = FILE.heuristic(*arguments)
             assert config == FILE.heuristic(*arguments)
             for size in (config.block_m, config.block_n, config.block_k):
                 assert size >= 16 and size & (size - 1) == 0, config
             assert not config.tma or tma, "a descriptor kernel for tensors without descriptors"
+            assert not config.pingpong or (pingpong and config.tma)
+            assert config.pingpong == (pingpong and m == 50432)
             assert config.split_k == 1, "768 is too short to be split"
 
 
 def test_a_long_k_is_split_where_tiles_are_few() -> None:
     def split(m: int, n: int, k: int) -> int:
-        return FILE.heuristic(m, n, k, torch.bfloat16, torch.bfloat16, 90, True, 132).split_k
+        return FILE.heuristic(m, n, k, torch.bfloat16, torch.bfloat16, 90, True, 132, True).split_k
 
     assert split(197, 768, 3072) == 3
     assert split(197, 1024, 4096) == 3

@@ -352,7 +352,8 @@ def test_what_is_derived_goes_with_training_copies_and_restore(build):
         fused(x)
     folded = [block.plan().folded for block in fused.blocks]
     assert all(folded)
-    assert not any(PLAN in vars(module) for module in copy.deepcopy(fused).modules() if vars(module).get(PLAN, 0))
+    copied = [vars(module)[PLAN] for module in copy.deepcopy(fused).modules() if PLAN in vars(module)]
+    assert not any(held.plan for held in copied)
     alive = [weakref.ref(pair[0].weight) for pair in folded]
     del folded
     fused.train()
@@ -375,6 +376,19 @@ def test_fold_is_switched_on_by_name(build, calls):
         vitfast.accelerate(fused, only={"fold"})
         fused(images(*X, dtype=H))
     assert calls == ["folded"] * 3
+
+
+@pytest.mark.interpret
+def test_one_folded_block_in_inference_mode(build):
+    plain = build(depth=2).half()
+    fused = vitfast.accelerate(copy.deepcopy(plain), frozen=True)
+    # a tensor that says when it changes goes in, one that does not comes out
+    x = images(2, 13, fused.blocks[0].norm1.weight.shape[0], dtype=H)
+    with torch.inference_mode():
+        out = fused.blocks[1](fused.blocks[0](x))
+    with torch.no_grad():
+        assert fused.blocks[0].plan().folded
+        torch.testing.assert_close(out, fused.blocks[1](fused.blocks[0](x)))
 
 
 # --- on a GPU

@@ -219,7 +219,7 @@ class FusedBlock(FusedLayer):
     def _fused_folded(self, x: Tensor, plan: BlockPlan, **inputs: Any) -> Tensor:
         """Both halves. Statistics of the result are kept for the block behind, while it lives."""
         # inference tensors do not say when they change: each block reads them once more
-        kept = not x.is_inference()
+        kept = not x.is_inference() and not torch.is_inference_mode_enabled()
         version, stats = _statistics.get(x, (None, None)) if kept else (None, None)
         x, stats = self.folded_attention(x, stats if kept and version == x._version else None, plan, **inputs)
         x, after = self.folded_mlp(x, stats, plan, kept)
