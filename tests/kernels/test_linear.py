@@ -64,7 +64,7 @@ def test_descriptor_kernel(case: Case, subtile: bool, poisoned: None, monkeypatc
 
     def heuristic(*args: Any) -> Any:
         # a tensor that has no descriptor still goes to the other kernel
-        return config if args[-2] else dataclasses.replace(config, tma=False)
+        return config if args[-3] else dataclasses.replace(config, tma=False)
 
     ran = []
     kernel = FILE._linear_fwd_tma_kernel
