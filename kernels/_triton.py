@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 try:
     import triton
     import triton.language as tl
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
@@ -21,12 +19,10 @@ except ImportError:
     if not TYPE_CHECKING:
         triton = SimpleNamespace(jit=lambda fn: fn)
         tl = SimpleNamespace(constexpr=Any)
-        gluon = SimpleNamespace(jit=lambda fn: fn)
-        gl = SimpleNamespace(constexpr=Any)
         TensorDescriptor = None
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "TensorDescriptor", "cdiv", "gl", "gluon", "next_power_of_2", "tl", "triton"]
+__all__ = ["HAS_TRITON", "TensorDescriptor", "cdiv", "next_power_of_2", "tl", "triton"]
 
 
 def cdiv(a: int, b: int) -> int:

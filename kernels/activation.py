@@ -47,7 +47,9 @@ def _gelu_16(x, FP16: tl.constexpr):
         q = q * t - 0.04357541725039482
         q = q * t - 0.4745479226112366
         q = q * t - 1.1418009996414185
-        q = q * t - 1.0009092092514038
+        # times 2^16, which goes back into t: below 2^-126 exp2 gives 0
+        q = q * t + (16.0 - 1.0009092092514038)
+        t *= 1.0 / 65536.0
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - t * tl.exp2(q)
 
 

@@ -23,7 +23,7 @@ algorithm 1.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,8 +207,13 @@ def _attention_fwd_kernel(
         tail = D_MAIN + tl.arange(0, D_TAIL)
         q_tail = _load_rows(q_ptr, rows, N, stride_qn, tail, D)  # [BLOCK_M, D_TAIL]
 
+    # A tail of V that took over the place of K's in shared memory would have the same descriptor, and ptxas 12.8 then
+    # derives V's further ones from registers that nothing has written. So where one is read, the other is still held.
     if WHOLE:
         keys = tl.arange(0, BLOCK_S).to(tl.int64)
+        v = _load_rows(v_ptr, keys, S, stride_vs, main, D)
+        if D_TAIL > 0:
+            v_tail = _load_rows(v_ptr, keys, S, stride_vs, tail, D)
         scores = _scores(
             q, q_tail, k_ptr, bias_ptr, rows, keys, N, S, stride_ks, stride_bias_n, stride_bias_s,
             scale_log2, PRECISION, D, D_MAIN, D_TAIL, PREFIX, GRID_H, GRID_W,
@@ -216,10 +221,8 @@ def _attention_fwd_kernel(
         top = _row_max(scores, bias_ptr)
         p = tl.exp2(scores - top[:, None])  # [BLOCK_M, BLOCK_S]
         total = tl.sum(p, axis=1)
-        v = _load_rows(v_ptr, keys, S, stride_vs, main, D)
         acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         if D_TAIL > 0:
-            v_tail = _load_rows(v_ptr, keys, S, stride_vs, tail, D)
             acc_tail = tl.dot(p.to(v.dtype), v_tail, input_precision=PRECISION)
     else:
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -238,9 +241,10 @@ def _attention_fwd_kernel(
             rescale = tl.exp2(top - new_top)
             total = total * rescale + tl.sum(p, axis=1)
             v = _load_rows(v_ptr, keys, S, stride_vs, main, D)
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
             if D_TAIL > 0:
                 v_tail = _load_rows(v_ptr, keys, S, stride_vs, tail, D)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            if D_TAIL > 0:
                 acc_tail = tl.dot(p.to(v.dtype), v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
             top = new_top
 
@@ -616,23 +620,28 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.scale = scale
 
 
-def attention_gradients(ctx: Any, grad: Tensor, reference: Callable[..., Tensor]) -> tuple[Any, ...]:
-    """Gradients of the four saved tensors by torch's own backward of `reference`."""
+def attention_gradients(
+    ctx: Any, grad: Tensor, needs: Sequence[bool], reference: Callable[..., Tensor]
+) -> Iterator[Tensor | None]:
+    """Gradients of the saved tensors, where needed, by torch's own backward of `reference`."""
     # torch's own attention once more, for its backward: it never holds the N x S probabilities
-    needs = ctx.needs_input_grad[:4]
     pairs = zip(ctx.saved_tensors, needs, strict=True)
     leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
+    # on CUDA torch keeps the softmax's denominators only where q, k or v needs a gradient
+    leaves[0].requires_grad_()
     with torch.enable_grad():
         out = reference(*leaves)
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
     # of no images torch's attention leaves the bias out
     grads = iter(torch.autograd.grad(out, wanted, grad, materialize_grads=True))
-    return tuple(next(grads) if need else None for need in needs)
+    return (next(grads) if need else None for need in needs)
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = attention_gradients(ctx, grad, lambda q, k, v, bias: attention_ref(q, k, v, bias, ctx.scale, False))
-    return *grads, None, None
+    def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return attention_ref(q, k, v, bias, ctx.scale, False)
+
+    return *attention_gradients(ctx, grad, ctx.needs_input_grad[:4], reference), None, None
 
 
 def _attention_lse_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -29,7 +29,6 @@ from ._op import dense, dot_precision, flatten_rows
 from ._triton import TensorDescriptor, cdiv, next_power_of_2, tl, triton
 from .activation import activate_ref
 from .epilogue import STATS_WIDTH, before_residual, merge_stats, store_stats, tile_ids
-from .pingpong import MAX_GROUPS, launch_pingpong
 
 
 @triton.jit
@@ -208,6 +207,25 @@ def _linear_fwd_tma_kernel(
                 store_stats(y, y_means_ptr, y_squares_ptr, rows, col, M, N, WIDTH)
 
 
+@triton.jit
+def _merge_stats_kernel(
+    means_ptr,
+    squares_ptr,
+    mean_ptr,
+    rstd_ptr,
+    M,
+    K,
+    eps,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mean, rstd = merge_stats(means_ptr, squares_ptr, rows, tl.arange(0, GROUPS), M, K, eps, WIDTH)
+    tl.store(mean_ptr + rows, mean, mask=rows < M)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile sizes and launch parameters of one GEMM.
@@ -351,14 +369,9 @@ def launch_gemm(
     flags += () if stats is None else ("norm",)
     flags += () if y_stats is None else ("stats",)
     key = Key("linear", (("m", m), ("n", n), ("k", k)), x.dtype, flags)
-    # the ping-pong kernel holds a row's groups of statistics in a thread's registers, and writes whole groups
-    pingpong = (
-        tma
-        and capability == 90
-        and x.dtype == y.dtype != torch.float32
-        and (stats is None or stats.shape[-1] <= MAX_GROUPS)
-        and (y_stats is None or n % STATS_WIDTH == 0)
-    )
+    # the ping-pong kernel writes whole groups of statistics
+    whole = y_stats is None or n % STATS_WIDTH == 0
+    pingpong = tma and capability == 90 and x.dtype == y.dtype != torch.float32 and whole
     config = lookup(key, x.device, Config, lambda: heuristic(m, n, k, x.dtype, y.dtype, capability, tma, sms, pingpong))
     store_n = config.block_n // 2 if config.subtile else config.block_n
     if config.library:
@@ -370,7 +383,7 @@ def launch_gemm(
     if config.pingpong and not pingpong:
         raise ValueError(
             f"linear: the config of {key.text!r} has pingpong=True; expected sm_90, 16-bit operands and output that the"
-            f" copy engine can address, a normed K up to {MAX_GROUPS * STATS_WIDTH}, and whole groups of statistics"
+            f" copy engine can address, and whole groups of statistics"
         )
     if config.tma and config.split_k > 1:
         raise ValueError(f"linear: the config of {key.text!r} splits K in the descriptor kernel; expected one")
@@ -381,24 +394,44 @@ def launch_gemm(
     common = {
         "bias_ptr": dense(bias),
         "scale_ptr": dense(scale),
-        "means_ptr": means,
-        "squares_ptr": squares,
         "colsum_ptr": colsum,
         "y_means_ptr": y_means,
         "y_squares_ptr": y_squares,
         "M": m,
         "N": n,
         "K": k,
-        "eps": eps,
         "ACTIVATION": activation,
         "WIDTH": STATS_WIDTH,
-        "GROUPS": 1 if stats is None else next_power_of_2(stats.shape[-1]),
         "GROUP_M": config.group_m,
     }
+    groups = 1 if stats is None else next_power_of_2(stats.shape[-1])
     if config.pingpong:
+        from .pingpong import launch_pingpong
+
+        mean, rstd = (None, None) if stats is None else torch.empty((2, m), dtype=torch.float32, device=x.device)
+        if stats is not None:
+            block_m = max(1, 1024 // groups)
+            _merge_stats_kernel[(cdiv(m, block_m),)](
+                means_ptr=means,
+                squares_ptr=squares,
+                mean_ptr=mean,
+                rstd_ptr=rstd,
+                M=m,
+                K=k,
+                eps=eps,
+                WIDTH=STATS_WIDTH,
+                GROUPS=groups,
+                BLOCK_M=block_m,
+                num_warps=4,
+            )
+        common |= {"mean_ptr": mean, "rstd_ptr": rstd}
         launch_pingpong(x2d, weight, y2d, residual, programs=min(sms, tiles), num_stages=config.num_stages, **common)
         return y
     common |= {
+        "means_ptr": means,
+        "squares_ptr": squares,
+        "eps": eps,
+        "GROUPS": groups,
         "residual_ptr": residual,
         "stride_rm": 0 if residual is None else residual.stride(0),
         "PRECISION": precision,

@@ -34,10 +34,14 @@ def layer_norm_ref(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, rstd)` in torch's own calls; the statistics are at least fp32."""
+    dtype = x.dtype
+    if weight is not None:
+        # torch's backward on CUDA takes one dtype alone
+        x = x.to(weight.dtype)
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     if x.dtype in (torch.float16, torch.bfloat16):
         mean, rstd = mean.float(), rstd.float()
-    return y.contiguous(), mean, rstd
+    return y.to(dtype).contiguous(), mean, rstd
 
 
 def add_layer_norm_ref(
@@ -258,11 +262,13 @@ def norm_gradients(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) by torch's own LayerNorm backward from the saved statistics."""
-    # torch's CPU kernel wants statistics in the parameters' dtype, its CUDA kernel in fp32
-    dtype = torch.float32 if x.is_cuda else (x if weight is None else weight).dtype
-    return torch.ops.aten.native_layer_norm_backward(
-        dy, x, x.shape[-1:], mean.to(dtype), rstd.to(dtype), weight, bias, wanted
+    dtype = (x if weight is None else weight).dtype
+    # torch's CPU kernel wants statistics in the other tensors' dtype, its CUDA kernel in fp32
+    mean, rstd = (t.to(torch.float32 if x.is_cuda else dtype) for t in (mean, rstd))
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy.to(dtype), x.to(dtype), x.shape[-1:], mean, rstd, weight, bias, wanted
     )
+    return None if dx is None else dx.to(x.dtype), dweight, dbias
 
 
 def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

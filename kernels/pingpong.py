@@ -5,7 +5,9 @@ each, which walk over every second of the program's tiles. The tensor cores belo
 multiplies, the other one runs its epilogue. A residual's tile arrives through the copy engine in the buffer that the
 output's leaves from. Registers move from the producer to the consumers (`setmaxnreg`).
 
-16-bit operands and output; statistics of the output's rows need N to be a multiple of their groups' width.
+16-bit operands and output; statistics of the output's rows need N to be a multiple of their groups' width. Of x's rows
+it takes mean and 1 / standard deviation: to merge groups of them here would take a consumer longer than its turn lasts.
+Nothing imports this file before its kernel is needed, since Gluon takes a while to import.
 
 Source: the schedule is CUTLASS's "warp-specialized persistent ping-pong" (NVIDIA/cutlass,
 media/docs/cpp/efficient_gemm.md).
@@ -16,27 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._triton import HAS_TRITON, gl, gluon
-from .epilogue import before_residual, merge_stats, tile_ids
-
-if HAS_TRITON:
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_init,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from .epilogue import before_residual, tile_ids
 
 BLOCK_M = BLOCK_N = 128
 BLOCK_K = 64
 """One consumer's tile: its accumulators take half of its registers."""
-
-MAX_GROUPS = 32
-"""The most groups of statistics that a row may be normed by: a thread holds them in registers."""
 
 
 def shared_bytes(num_stages: int) -> int:
@@ -51,11 +49,9 @@ def _producer(
     bars,
     pointers,
     sizes,
-    eps,
     GROUP_M: gl.constexpr,
     ACTIVATION: gl.constexpr,
     WIDTH: gl.constexpr,
-    GROUPS: gl.constexpr,
     WHO: gl.constexpr,
 ):
     x_desc, w_desc, _, residual_desc = descs
@@ -97,17 +93,15 @@ def _consumer(
     bars,
     pointers,
     sizes,
-    eps,
     GROUP_M: gl.constexpr,
     ACTIVATION: gl.constexpr,
     WIDTH: gl.constexpr,
-    GROUPS: gl.constexpr,
     WHO: gl.constexpr,
 ):
     x_desc, w_desc, y_desc, residual_desc = descs
     x_ring, w_ring, outs = buffers
     full, empty, residual_full, residual_empty, turn = bars
-    bias_ptr, scale_ptr, means_ptr, squares_ptr, colsum_ptr, y_means_ptr, y_squares_ptr = pointers
+    bias_ptr, scale_ptr, mean_ptr, rstd_ptr, colsum_ptr, y_means_ptr, y_squares_ptr = pointers
     M, N, K, n_programs = sizes
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -116,8 +110,6 @@ def _consumer(
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
-    # a row of statistics for each thread
-    stats: gl.constexpr = gl.BlockedLayout([1, GROUPS], [32, 1], [4, 1], [1, 0])
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
     k_tiles = gl.cdiv(K, BLOCK_K)
@@ -149,12 +141,10 @@ def _consumer(
 
         mean = None
         rstd = None
-        if means_ptr is not None:
-            rows = tile_m.to(gl.int64) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, stats))
-            group = gl.arange(0, GROUPS, gl.SliceLayout(0, stats))
-            mean, rstd = merge_stats(means_ptr, squares_ptr, rows, group, M, K, eps, WIDTH)
-            mean = gl.convert_layout(mean, by_row)
-            rstd = gl.convert_layout(rstd, by_row)
+        if mean_ptr is not None:
+            rows = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, by_row)
+            mean = gl.load(mean_ptr + rows, mask=rows < M, other=0.0)
+            rstd = gl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
         cols = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, by_column)
         y = before_residual(acc, mean, rstd, colsum_ptr, bias_ptr, scale_ptr, cols, N, ACTIVATION, y_desc.dtype)
         if residual_desc is not None:
@@ -193,19 +183,17 @@ def _linear_fwd_pingpong_kernel(
     residual_desc,
     bias_ptr,
     scale_ptr,
-    means_ptr,
-    squares_ptr,
+    mean_ptr,
+    rstd_ptr,
     colsum_ptr,
     y_means_ptr,
     y_squares_ptr,
     M,
     N,
     K,
-    eps,
     n_programs,
     ACTIVATION: gl.constexpr,
     WIDTH: gl.constexpr,
-    GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
@@ -232,21 +220,21 @@ def _linear_fwd_pingpong_kernel(
     descs = (x_desc, weight_desc, y_desc, residual_desc)
     buffers = (x_ring, w_ring, outs)
     bars = (full, empty, residual_full, residual_empty, turn)
-    pointers = (bias_ptr, scale_ptr, means_ptr, squares_ptr, colsum_ptr, y_means_ptr, y_squares_ptr)
+    pointers = (bias_ptr, scale_ptr, mean_ptr, rstd_ptr, colsum_ptr, y_means_ptr, y_squares_ptr)
     sizes = (M, N, K, n_programs)
     gl.warp_specialize(
         [
             (
                 _consumer,
-                (descs, buffers, bars, pointers, sizes, eps, GROUP_M, ACTIVATION, WIDTH, GROUPS, 0),
+                (descs, buffers, bars, pointers, sizes, GROUP_M, ACTIVATION, WIDTH, 0),
             ),
             (
                 _consumer,
-                (descs, buffers, bars, pointers, sizes, eps, GROUP_M, ACTIVATION, WIDTH, GROUPS, 1),
+                (descs, buffers, bars, pointers, sizes, GROUP_M, ACTIVATION, WIDTH, 1),
             ),
             (
                 _producer,
-                (descs, buffers, bars, pointers, sizes, eps, GROUP_M, ACTIVATION, WIDTH, GROUPS, 2),
+                (descs, buffers, bars, pointers, sizes, GROUP_M, ACTIVATION, WIDTH, 2),
             ),
         ],
         [4, 1],

@@ -88,7 +88,7 @@ def _relative_attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         return relative_attention_ref(q, k, v, table, ctx.height, ctx.width, ctx.scale, False)
 
-    return *attention_gradients(ctx, grad, reference), None, None, None, None
+    return *attention_gradients(ctx, grad, ctx.needs_input_grad[:4], reference), None, None, None, None
 
 
 _relative_attention.op.register_autograd(_relative_attention_backward, setup_context=_relative_attention_setup)

@@ -43,7 +43,7 @@ from torch import Tensor
 from ._config import Key, arch, lookup, sm_count
 from ._op import autocast, check_shape, check_tensors, dense, dot_precision, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
-from .attention import MAX_HEAD_DIM, split_head_dim
+from .attention import MAX_HEAD_DIM, attention_gradients, split_head_dim
 
 
 def window_attention_ref(
@@ -464,15 +464,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # the reference once more, for torch's own backward of it
+    def reference(qkv: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
+        return window_attention_ref(qkv, ctx.heads, ctx.window, ctx.shift, table, scale, ctx.factor, False)
+
     needs = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
-    pairs = zip(ctx.saved_tensors, needs, strict=True)
-    leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
-    with torch.enable_grad():
-        out = window_attention_ref(leaves[0], ctx.heads, ctx.window, ctx.shift, leaves[1], leaves[2], ctx.factor, False)
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(out, wanted, grad))
-    qkv, table, scale = (next(grads) if need else None for need in needs)
+    qkv, table, scale = attention_gradients(ctx, grad, needs, reference)
     return qkv, None, None, None, table, scale, None, None
 
 

@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from vitfast.kernels import pingpong
 from vitfast.kernels._config import Key, has_library
 from vitfast.kernels._triton import cdiv, next_power_of_2
 from vitfast.kernels.attention import RESIDENT_KEYS, key_parts, split_head_dim
@@ -103,12 +102,13 @@ def _linear_fits(key: Key, entry: Entry, *, arch: int, shared: int, sms: int) ->
     m, n, k = (size for _, size in key.sizes)
     block_n, split_k = entry["block_n"], entry["split_k"]
     if entry["pingpong"]:
+        from vitfast.kernels import pingpong
+
         tile = (entry["block_m"], block_n, entry["block_k"])
         return (
             arch == 90
             and key.dtype.itemsize == 2
             and not any(flag == "pointers" or flag.endswith(" out") for flag in key.flags)
-            and ("norm" not in key.flags or k <= pingpong.MAX_GROUPS * STATS_WIDTH)
             and ("stats" not in key.flags or n % STATS_WIDTH == 0)
             and entry["tma"]
             and (*tile, entry["num_warps"], split_k, entry["subtile"])

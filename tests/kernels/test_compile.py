@@ -19,6 +19,7 @@ from tests.kernels._cases import ATTENTION_QKV, CASES, RELATIVE_ATTENTION, WINDO
 from tests.kernels._compiler import TARGETS, Compiled, compiling, disassemble, meta
 from tests.kernels._data import FILES, OPS, Case
 from tests.kernels._ranges import overflows
+from tests.kernels._sass import check_uniform_registers
 from vitfast.kernels import _config
 from vitfast.kernels._config import Key
 
@@ -133,6 +134,11 @@ def check_tensor_cores(kernel: Compiled, target: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(("case", "target", "dtype", "batch"), plan())
 def test_compiles(case: Case, target: str, dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in launch(target, monkeypatch, case, dtype, batch):
+        if target == "sm_90":
+            check_uniform_registers(kernel)
+        if kernel.name == "_merge_stats_kernel":
+            check_resources(kernel, target)
+            continue
         if case.dot:
             check_tensor_cores(kernel, target, dtype)
         if case.real:
@@ -270,8 +276,9 @@ def test_offsets_past_32_bits(op: str, target: str, monkeypatch: pytest.MonkeyPa
     assert max(t.numel() for t in arguments.values() if isinstance(t, torch.Tensor)) > 2**31
     with compiling(target, monkeypatch, *FILES) as compiled:
         getattr(vitfast.kernels, op)(**arguments)
-    (kernel,) = compiled
-    assert overflows(kernel.ttir, kernel.arguments, kernel.programs) == []
+    assert compiled
+    for kernel in compiled:
+        assert overflows(kernel.ttir, kernel.arguments, kernel.programs) == []
 
 
 # committed configs
