@@ -276,7 +276,7 @@ def heuristic(
         wide = out_dtype == torch.float32
         # two tiles for every multiprocessor, one of which is multiplied while the other is finished
         if pingpong and cdiv(m, 128) * cdiv(n, 128) >= 2 * sms:
-            return Config(128, 128, 64, 8, num_warps=4, num_stages=5, tma=True, pingpong=True)
+            return Config(128, 128, 64, 16, num_warps=4, num_stages=5, tma=True, pingpong=True)
         # sm_120 has the copy engine, but 99 KiB of shared memory for a block instead of 227
         if arch == 120:
             return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True, subtile=wide)

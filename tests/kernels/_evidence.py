@@ -149,9 +149,10 @@ def _tile(c: dict[str, Any]) -> str:
     if set(c) == {"block_m", "num_warps"}:
         return f"{c['block_m']} row{'s' if c['block_m'] > 1 else ''}"
     if "block_s" in c:
-        return f"{c['block_m']} x {c['block_s']} keys"
+        keys = "all keys, resident" if c["resident"] else f"{c['block_s']} keys"
+        return f"{c['block_m']} x {keys}"
     text = f"{c['block_m']} x {c['block_n']} x {c['block_k']}"
-    text += ", TMA" if c.get("tma") else ""
+    text += ", ping-pong" if c.get("pingpong") else ", TMA" if c.get("tma") else ""
     text += ", halves" if c.get("subtile") else ""
     return text + (f", K in {c['split_k']}" if c.get("split_k", 1) > 1 else "")
 
