@@ -442,7 +442,7 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
         return Config(block_m, keys, num_warps=warps, num_stages=1)
     if arch == 90 and not biased and width <= 96:
         # measured on an H200 against tiles of 128 x 64 on 8 warps: 292 for 385 us at 577 tokens of 12 heads of 64,
-        # batch 64; 328 for 414 at 1370 tokens, batch 16; with tails 144 for 212 at 257 tokens of 16 heads of 80, batch 64
+        # batch 64; 328 for 414 at 1370 tokens, batch 16; with tails 144 for 212 at 257 tokens of 16 heads of 80
         return Config(64, 32 if tail else 64, num_warps=4, num_stages=3)
     small = arch not in (80, 90, 100)
     if (biased or small) and width > (64 if biased and small else 96):
