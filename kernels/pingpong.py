@@ -32,6 +32,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .epilogue import before_residual, tile_ids
 
+# Triton has renamed them between 3.7 and 3.9
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 BLOCK_M = BLOCK_N = 128
 BLOCK_K = 64
 """One consumer's tile: its accumulators take half of its registers."""
@@ -72,17 +76,16 @@ def _producer(
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), x_desc.block_type.nbytes + w_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, k], full.index(stage), x_ring.index(stage))
-            tma.async_copy_global_to_shared(w_desc, [tile_n * BLOCK_N, k], full.index(stage), w_ring.index(stage))
+            async_load(x_desc, [tile_m * BLOCK_M, k], full.index(stage), x_ring.index(stage))
+            async_load(w_desc, [tile_n * BLOCK_N, k], full.index(stage), w_ring.index(stage))
             step += 1
         if residual_desc is not None:
             # into the buffer of the tile's output, once the store of two tiles ago has read that
             who = count % 2
             mbarrier.wait(residual_empty.index(who), ((count // 2) & 1) ^ 1)
             mbarrier.expect(residual_full.index(who), residual_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                residual_desc, [tile_m * BLOCK_M, tile_n * BLOCK_N], residual_full.index(who), outs.index(who)
-            )
+            at = [tile_m * BLOCK_M, tile_n * BLOCK_N]
+            async_load(residual_desc, at, residual_full.index(who), outs.index(who))
         count += 1
 
 
@@ -155,7 +158,7 @@ def _consumer(
         rounded = y.to(y_desc.dtype)
         out.store(rounded)
         fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [tile_m * BLOCK_M, tile_n * BLOCK_N], out)
+        async_store(y_desc, [tile_m * BLOCK_M, tile_n * BLOCK_N], out)
         if y_means_ptr is not None:
             each = gl.reshape(rounded.to(gl.float32), (BLOCK_M, BLOCK_N // WIDTH, WIDTH))
             y_mean = gl.sum(each, 2) * (1.0 / WIDTH)

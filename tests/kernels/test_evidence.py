@@ -58,7 +58,7 @@ def test_record_and_page() -> None:
 def test_rows_are_what_the_model_launches(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model = vitfast.create_model("vit_base_patch16_224").eval().to(torch.bfloat16)
-    vitfast.accelerate(model, frozen=True)
+    vitfast.accelerate(model, frozen=True, normalize=([0.5] * 3, [0.5] * 3))
     # they ask for a CUDA tensor
     for room in ("block", "model"):
         monkeypatch.setattr(f"vitfast.layers.{room}.deriving", lambda x: True)
@@ -66,6 +66,7 @@ def test_rows_are_what_the_model_launches(batch: int, monkeypatch: pytest.Monkey
         # neither compiled nor run
         monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **arguments: None)
         model(meta(batch, 3, 224, 224, dtype=torch.bfloat16))
+        model(meta(batch, 3, 224, 224, dtype=torch.uint8).contiguous(memory_format=torch.channels_last))
     launched = {str(key) for key in heard}
     recorded = {row["key"] for (b, label), row in ROWS.items() if b == str(batch) and "layer_norm" not in label}
     assert recorded <= launched
