@@ -8,12 +8,13 @@ same function in torch's calls) and the decorated one (allocate, launch).
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._triton import HAS_TRITON
 
@@ -21,6 +22,9 @@ from ._triton import HAS_TRITON
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# tensors that torch's dispatcher asks nothing about
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 _thread = threading.local()
 
@@ -54,8 +58,9 @@ def kernel_op(
     Triton's interpreter. `reference` is the fake kernel too, so shapes and dtypes come from it. `check` runs in
     front of each of them, with the same arguments.
 
-    In eager mode on CPU the reference is called as it is, without crossing `torch.library`: the crossing costs
-    10 to 70 us a call, and torch's own autograd of the reference is the better backward there.
+    In eager mode `torch.library` is crossed only where that adds something, since it costs as much as a launch. On CPU
+    the reference is called as it is: torch's own autograd of it is the better backward there. A launch is called as it
+    is where nothing but the launch would happen (`unobserved`).
 
     Args:
         name: `"vitfast::<op>"`.
@@ -71,10 +76,11 @@ def kernel_op(
         @functools.wraps(launch)
         def launched(*args: Any) -> Any:
             check(*args)
-            if not args[0].is_cuda:
+            device = args[0].device
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
                 return launch(*args)
             # triton launches on the current device, which need not be the tensors' own
-            with torch.cuda.device(args[0].device):
+            with torch.cuda.device(device):
                 return launch(*args)
 
         @functools.wraps(reference)
@@ -88,17 +94,45 @@ def kernel_op(
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            if not interprets() and args[0].is_cpu and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                return op(*args)
+            if args[0].is_cpu and not interprets():
                 check(*args)
                 if (called := getattr(_thread, "called", None)) is not None:
                     called.append(name)
                 return reference(*args)
+            if (args[0].is_cuda or args[0].is_cpu) and unobserved(args):
+                return launched(*args)
             return op(*args)
 
         vars(call).update(op=op, launch=launched)
         return call
 
     return register
+
+
+def unobserved(args: Sequence[Any]) -> bool:
+    """Whether torch would do no more of an operator than to call its kernel for these arguments.
+
+    It would do more for gradients of either mode, `torch.func`'s transforms, modes, traces, profiles, subclasses, and
+    views that stand for other numbers than their memory.
+    """
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    differentiated = torch.is_grad_enabled()
+    for value in args:
+        if isinstance(value, Tensor) and (
+            type(value) not in _PLAIN or (differentiated and value.requires_grad) or value.is_neg()
+        ):
+            return False
+    return True
 
 
 def autocast(x: Tensor, *tensors: Tensor | None, to: torch.dtype | None = None) -> tuple[Any, ...]:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitfast.kernels
 from tests.kernels._cases import CASES, forward_backward
@@ -214,6 +217,86 @@ def test_kernel_op_checks_before_it_runs() -> None:
     with pytest.raises(ValueError, match="expected"):
         twice(torch.ones(2, 2, device="meta"))
     assert twice(torch.ones(3, device="meta")).shape == (3,)
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class WatchingFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _dual(f: Any, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return f(x)
+
+
+def _inside(context: Any) -> Any:
+    def call(f: Any, x: Tensor) -> Tensor:
+        with context():
+            return f(x)
+
+    return call
+
+
+OBSERVED = {
+    "gradients": lambda f, x: f(x.requires_grad_()),
+    "forward mode": _dual,
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[0],
+    "vmap": lambda f, x: torch.vmap(f)(x[None])[0],
+    "subclass": lambda f, x: f(x.as_subclass(Subclass)),
+    "second argument": lambda f, x: f(torch.zeros(3), x.requires_grad_()),
+    "negative view": lambda f, x: f(torch._neg_view(x.neg())),
+    "dispatch mode": _inside(Watching),
+    "function mode": _inside(WatchingFunctions),
+    "profile": _inside(torch.profiler.profile),
+    "trace": lambda f, x: torch.jit.trace(f, (x,), check_trace=False)(x),
+    "compile": lambda f, x: torch.compile(f, backend="eager", fullgraph=True)(x),
+}
+UNOBSERVED = {
+    "no gradient": lambda f, x: f(x),
+    "no_grad": lambda f, x: torch.no_grad()(f)(x.requires_grad_()),
+    "inference": lambda f, x: torch.inference_mode()(f)(x),
+    "parameter": lambda f, x: f(torch.nn.Parameter(x, requires_grad=False)),
+    "autocast": lambda f, x: _inside(lambda: torch.autocast("cpu"))(f, x),
+}
+
+
+@pytest.fixture(scope="module")
+def add_op() -> Any:
+    ran: list[str] = []
+
+    def reference(x: Tensor, y: Tensor | None) -> Tensor:
+        ran.append("crossed")
+        return 2 * x if y is None else x + y
+
+    @kernel_op("vitfast_test::add", reference=reference, check=lambda x, y: None)
+    def add(x: Tensor, y: Tensor | None) -> Tensor:
+        ran.append("launched")
+        return 2 * x if y is None else x + y
+
+    add.op.register_autograd(lambda ctx, grad: (grad, grad), setup_context=lambda ctx, inputs, output: None)
+    add.op.register_vmap(lambda info, dims, x, y: (reference(x, y), 0))
+    return add, ran
+
+
+@pytest.mark.parametrize("way", [*OBSERVED, *UNOBSERVED])
+def test_torch_is_crossed_only_where_it_adds_something(way: str, add_op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, ran = add_op
+    # its kernel for CPU tensors is the reference, so that one tells the crossing from the launch
+    monkeypatch.setattr("vitfast.kernels._op.INTERPRET", True)
+    ran.clear()
+    expected = "crossed" if way in OBSERVED else "launched"
+    y = {**OBSERVED, **UNOBSERVED}[way](lambda x, y=None: add(x, y), torch.ones(3))
+    assert set(ran) == {expected}
+    assert torch.equal(y, torch.full((3,), 1.0 if way == "second argument" else 2.0))
 
 
 def test_autocast_casts_what_torch_casts() -> None:

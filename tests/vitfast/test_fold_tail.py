@@ -413,8 +413,7 @@ def test_both_on_a_gpu(build, dtype, calls):
 def test_both_at_real_sizes_on_a_gpu(name, calls):
     from vitfast.proof.subjects import seed_weights
 
-    with torch.device("cuda"):
-        plain = seed_weights(vitfast.create_model(name, depth=3)).eval().bfloat16()
+    plain = seed_weights(vitfast.create_model(name, depth=3)).eval().to("cuda", torch.bfloat16)
     fused = vitfast.accelerate(copy.deepcopy(plain), frozen=True)
     x = images(8, 3, 224, 224, dtype=torch.bfloat16).cuda()
     with torch.no_grad():
