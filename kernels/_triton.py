@@ -22,7 +22,7 @@ except ImportError:
         TensorDescriptor = None
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "TensorDescriptor", "cdiv", "next_power_of_2", "tl", "triton"]
+__all__ = ["HAS_TRITON", "TensorDescriptor", "add_dot", "cdiv", "next_power_of_2", "tl", "triton"]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -33,3 +33,15 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not below `n` (`n >= 1`)."""
     return 1 << (n - 1).bit_length()
+
+
+@triton.jit
+def add_dot(x, y, acc, PRECISION: tl.constexpr):
+    # acc + x @ y for one step of a loop. Exact fp32 is a sum of the steps' sums: one chain of fused multiply-adds over
+    # all of K, which the compiler would make of it but for a limit that means something in fp8 alone, errs four times
+    # as much at K = 3072
+    if PRECISION == "ieee" and x.dtype == tl.float32:
+        acc += tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=x.shape[1])
+    else:
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc

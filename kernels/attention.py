@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ._config import Key, arch, lookup, sm_count
 from ._op import autocast, check_same_dtype, check_tensors, dot_precision, kernel_op
-from ._triton import cdiv, next_power_of_2, tl, triton
+from ._triton import add_dot, cdiv, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
 
@@ -243,9 +243,9 @@ def _attention_fwd_kernel(
             v = _load_rows(v_ptr, keys, S, stride_vs, main, D)
             if D_TAIL > 0:
                 v_tail = _load_rows(v_ptr, keys, S, stride_vs, tail, D)
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            acc = add_dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
             if D_TAIL > 0:
-                acc_tail = tl.dot(p.to(v.dtype), v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
+                acc_tail = add_dot(p.to(v.dtype), v_tail, acc_tail * rescale[:, None], PRECISION)
             top = new_top
 
     if lse_ptr is not None:
@@ -420,8 +420,9 @@ def heuristic(n: int, s: int, d: int, dtype: torch.dtype, biased: bool, arch: in
             return Config(16, 16, num_warps=8 if width > 160 else 4, num_stages=1)
         if width > 64:
             # smaller where all keys fit one tile: without a loop both products' operands are in registers at once
-            return Config(32 if keys > 16 else 16, 32 if keys > 32 else 16, num_warps=4, num_stages=2)
-        return Config(32, min(32, keys), num_warps=4, num_stages=1)
+            return Config(32 if keys > 16 else 16, 16, num_warps=4, num_stages=2)
+        # 32 keys beside a bias spill
+        return Config(32, 16, num_warps=4, num_stages=2) if biased else Config(32, min(32, keys), 4, num_stages=1)
     if width > 128:
         # 128 + 64 holds the fragments of two wide tiles at once
         return Config(64, 16 if width == 192 or biased else min(32, keys), num_warps=8, num_stages=1)

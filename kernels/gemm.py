@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._config import Key, arch, has_library, lookup, sm_count
 from ._op import dense, dot_precision, flatten_rows
-from ._triton import TensorDescriptor, cdiv, next_power_of_2, tl, triton
+from ._triton import TensorDescriptor, add_dot, cdiv, next_power_of_2, tl, triton
 from .activation import activate_ref
 from .epilogue import STATS_WIDTH, before_residual, merge_stats, store_stats, tile_ids
 
@@ -109,7 +109,7 @@ def _linear_fwd_kernel(
         left = K - k * BLOCK_K
         x = tl.load(x_ptrs, mask=(ks < left)[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=(ks < left)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = add_dot(x, w, acc, PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     is_last = True

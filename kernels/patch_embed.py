@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ._config import Key, arch, lookup
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, dense, dot_precision, kernel_op
-from ._triton import cdiv, tl, triton
+from ._triton import add_dot, cdiv, tl, triton
 
 
 def normalize_ref(pixels: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -150,9 +150,9 @@ def _patch_embed_fwd_kernel(
         # [BLOCK_N, BLOCK_K]
         w = tl.load(weight_ptr + cols.to(tl.int64)[:, None] * K + k[None, :], mask=w_mask, other=0.0)
         if SECOND:
-            acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+            acc = add_dot(w, x.T, acc, PRECISION)
         else:
-            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+            acc = add_dot(x, w.T, acc, PRECISION)
 
     if SECOND:
         acc = acc.T

@@ -224,6 +224,20 @@ def test_tf32_only_where_it_is_allowed(
     assert found is not None, f"{kernel.name} on {target}: no tf32"
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("op", ["linear", "patch_embed"])
+def test_exact_fp32_adds_sums_instead_of_one_long_chain(op: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ((64, 3072), (768, 3072)) if op == "linear" else ((2, 3, 64, 64), (768, 3, 16, 16))
+    x, weight = (meta(*size, dtype=torch.float32) for size in sizes)
+    with compiling(target, monkeypatch, *FILES) as compiled:
+        getattr(vitfast.kernels, op)(x, weight)
+    (kernel,) = compiled
+    products = len(re.findall(r"\bfma\.rn\.f32\b", kernel.assembly))
+    sums = len(re.findall(r"\badd(\.rn)?\.f32\b", kernel.assembly))
+    # a chain has no addition at all
+    assert 0 < products <= 128 * sums, f"{products} products and {sums} sums"
+
+
 # sizes past 2^31 elements
 
 
