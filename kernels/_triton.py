@@ -1,7 +1,7 @@
 """Triton where it is installed, and stand-ins that let the kernel files be imported where it is not.
 
 Triton has wheels for Linux only. Elsewhere the references still run on CPU, so importing a kernel file must
-succeed: `triton.jit` then hands the function back unlaunched, and nothing ever calls it.
+succeed, and only a launch fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ try:
     HAS_TRITON = True
 except ImportError:
     if not TYPE_CHECKING:
-        triton = SimpleNamespace(jit=lambda fn: fn)
+
+        class _Unlaunched:
+            def __getitem__(self, grid: Any) -> Any:
+                raise RuntimeError("Triton is not installed: vitfast.kernels needs it for tensors on a GPU")
+
+        triton = SimpleNamespace(jit=lambda fn: _Unlaunched())
         tl = SimpleNamespace(constexpr=Any)
         TensorDescriptor = None
     HAS_TRITON = False

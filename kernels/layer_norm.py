@@ -30,14 +30,18 @@ MAX_WIDTH = 16384
 """Widest row a kernel holds in registers; a wider one has no use in a ViT and is refused."""
 
 
+def _affine_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    """That of weight and bias, which is x's or a wider one."""
+    return next((t.dtype for t in (weight, bias) if t is not None), x.dtype)
+
+
 def layer_norm_ref(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, rstd)` in torch's own calls; the statistics are at least fp32."""
     dtype = x.dtype
-    if weight is not None:
-        # torch's backward on CUDA takes one dtype alone
-        x = x.to(weight.dtype)
+    # torch's backward on CUDA takes one dtype alone
+    x = x.to(_affine_dtype(x, weight, bias))
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     if x.dtype in (torch.float16, torch.bfloat16):
         mean, rstd = mean.float(), rstd.float()
@@ -262,7 +266,7 @@ def norm_gradients(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) by torch's own LayerNorm backward from the saved statistics."""
-    dtype = (x if weight is None else weight).dtype
+    dtype = _affine_dtype(x, weight, bias)
     # torch's CPU kernel wants statistics in the other tensors' dtype, its CUDA kernel in fp32
     mean, rstd = (t.to(torch.float32 if x.is_cuda else dtype) for t in (mean, rstd))
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(

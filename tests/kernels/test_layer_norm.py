@@ -52,6 +52,23 @@ def test_autocast_is_torch_s(dtype: torch.dtype) -> None:
             assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("given", ["weight", "bias", "weight and bias"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_16_bits_beside_fp32_parameters(dtype: torch.dtype, given: str) -> None:
+    x = torch.randn(5, 67).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(67).requires_grad_() if name in given else None for name in ("weight", "bias"))
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    y = layer_norm(x, weight, bias, 1e-5)
+    dy = torch.randn(5, 67).to(dtype)
+    actual = torch.autograd.grad(y, leaves, dy)
+    wide = F.layer_norm(x.float(), (67,), weight, bias, 1e-5)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, wide.to(dtype))
+    for value, wanted, leaf in zip(actual, torch.autograd.grad(wide, leaves, dy.float()), leaves, strict=True):
+        assert value.dtype == leaf.dtype
+        torch.testing.assert_close(value, wanted)
+
+
 @pytest.mark.gpu
 def test_autocast_is_torch_s_on_the_gpu() -> None:
     x, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((2, 7, 67), (67,), (67,)))

@@ -188,6 +188,11 @@ assert torch.equal(kernels.layer_norm(x), torch.nn.functional.layer_norm(x, (13,
 assert kernels.linear(x, torch.randn(5, 13)).shape == (2, 7, 5)
 assert kernels.attention_qkv(torch.randn(2, 7, 48), 2).shape == (2, 7, 16)
 assert kernels.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(5, 3, 4, 4)).shape == (1, 4, 5)
+try:
+    sys.modules["vitfast.kernels.layer_norm"]._layer_norm.launch(x, None, None, 1e-6)
+    raise AssertionError("launched")
+except RuntimeError as error:
+    assert "Triton is not installed" in str(error), error
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -256,6 +256,18 @@ def test_modules_on_the_meta_device(make):
     assert any(row.fused for row in vitfast.report(model).rows)
 
 
+def test_what_cannot_be_copied_stays(monkeypatch):
+    def cpu(tensor: Tensor) -> Tensor:
+        raise NotImplementedError("Could not run 'aten::_copy_from' on this backend. And much more.")
+
+    model = nn.Sequential(nn.LayerNorm(23))
+    model[0].extra = torch.ones(3)
+    monkeypatch.setattr(Tensor, "cpu", cpu)
+    vitfast.accelerate(model)
+    reasons = " ".join(row.note for row in vitfast.report(model).rows)
+    assert "cannot be copied from cpu: Could not run 'aten::_copy_from' on this backend" in reasons
+
+
 def test_a_twin_has_no_two_rows_alike():
     twin = Twin(nn.Linear(64, 4096), None)
     assert len(torch.unique(twin.root.weight, dim=0)) == 4096

@@ -208,7 +208,10 @@ class Twin:
     def _tensor(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return self._numbers(x)
-        x = x.detach().cpu()
+        try:
+            x = x.detach().cpu()
+        except (NotImplementedError, RuntimeError) as error:
+            raise Unproved(f"cannot be copied from {x.device}: {str(error).partition('. ')[0]}") from error
         return x.to(self._dtype) if x.is_floating_point() else x
 
     def _copied(self, value: Any) -> Any:
