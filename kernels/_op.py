@@ -36,17 +36,21 @@ def by_reference() -> Iterator[list[str]]:
     Yields:
         The names of the operators that are called, as they are called.
     """
-    before = interprets(), getattr(_thread, "called", None)
-    _thread.interprets, _thread.called = False, []
+    before, _thread.called = _called(), []
     try:
         yield _thread.called
     finally:
-        _thread.interprets, _thread.called = before
+        _thread.called = before
+
+
+def _called() -> list[str] | None:
+    """The names that `by_reference` gathers in this thread; `None` while it is not open."""
+    return getattr(_thread, "called", None)
 
 
 def interprets() -> bool:
     """Whether kernels run for CPU tensors in this thread, in Triton's interpreter."""
-    return getattr(_thread, "interprets", INTERPRET)
+    return INTERPRET and _called() is None
 
 
 def kernel_op(
@@ -98,7 +102,7 @@ def kernel_op(
                 return op(*args)
             if args[0].is_cpu and not interprets():
                 check(*args)
-                if (called := getattr(_thread, "called", None)) is not None:
+                if (called := _called()) is not None:
                     called.append(name)
                 return reference(*args)
             if (args[0].is_cuda or args[0].is_cpu) and unobserved(args):
