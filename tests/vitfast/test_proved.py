@@ -20,6 +20,7 @@ from vitfast import layers
 from vitfast.adapters import match, proved
 from vitfast.adapters.alike import alike
 from vitfast.adapters.twin import Twin
+from vitfast.layers.guards import derive_anywhere, deriving
 
 
 class Attention(nn.Module):
@@ -336,3 +337,13 @@ def test_a_method_held_by_a_module_is_the_twins():
     module.helper = types.MethodType(Attention.merge, module)
     twin = Twin(module, None)
     assert twin.root.helper.__self__ is twin.root
+
+
+def test_a_proof_inside_a_proof_leaves_the_outer_ones_state():
+    x = torch.zeros(1)
+    assert not deriving(x)
+    with derive_anywhere():
+        with derive_anywhere():
+            pass
+        assert deriving(x)
+    assert not deriving(x)

@@ -213,11 +213,11 @@ _thread = threading.local()
 @contextmanager
 def derive_anywhere() -> Iterator[None]:
     """In this thread, while open, what is derived from frozen weights is read on any device: for proofs."""
-    _thread.anywhere = True
+    before, _thread.anywhere = getattr(_thread, "anywhere", False), True
     try:
         yield
     finally:
-        _thread.anywhere = False
+        _thread.anywhere = before
 
 
 def deriving(x: Tensor) -> bool:
