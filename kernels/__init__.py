@@ -5,7 +5,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 """
 
 if __name__ == "vitfast.kernels":
-    from ._op import INTERPRET, by_reference, interprets
+    from ._op import INTERPRET, by_reference, interprets, together
     from .activation import ACTIVATIONS
     from .attention import (
         MAX_HEAD_DIM,
@@ -68,6 +68,7 @@ __all__ = [
     "relative_attention_ref",
     "row_stats",
     "row_stats_ref",
+    "together",
     "window_attention",
     "window_attention_ref",
 ]

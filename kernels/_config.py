@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from . import _launch
+
 C = TypeVar("C")
 
 _FOLDER = Path(__file__).parent / "configs"
@@ -236,8 +238,14 @@ def _tuned(key: Key, device_name: str, config: Callable[..., C]) -> C | None:
         ) from error
 
 
+def steered() -> bool:
+    """Whether somebody overrides configs, or listens to the lookups."""
+    return bool(_overrides or _listeners)
+
+
 def forget() -> None:
     """Read the files anew at the next launch, as after one of them was written."""
+    _launch.forget()
     table.cache_clear()
     _tuned.cache_clear()
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._config import steered
+from ._launch import Recipes, prepared, recorded
 from ._triton import HAS_TRITON
 
 # triton reads this variable when a kernel is decorated, so it is a fact of the process
@@ -64,7 +66,7 @@ def kernel_op(
 
     In eager mode `torch.library` is crossed only where that adds something, since it costs as much as a launch. On CPU
     the reference is called as it is: torch's own autograd of it is the better backward there. A launch is called as it
-    is where nothing but the launch would happen (`unobserved`).
+    is where nothing but the launch would happen (`quiet`, `describe`), and prepared there (`_launch`).
 
     Args:
         name: `"vitfast::<op>"`.
@@ -100,14 +102,20 @@ def kernel_op(
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return op(*args)
-            if args[0].is_cpu and not interprets():
+            if recorded():
+                return launched(*args)
+            first = args[0]
+            if first.is_cpu and not interprets():
                 check(*args)
                 if (called := _called()) is not None:
                     called.append(name)
                 return reference(*args)
-            if (args[0].is_cuda or args[0].is_cpu) and unobserved(args):
+            if not (first.is_cuda or first.is_cpu) or not quiet() or (described := describe(args)) is None:
+                return op(*args)
+            if INTERPRET or steered():
                 return launched(*args)
-            return op(*args)
+            signature, addresses = described
+            return prepared(launched, args, (name, *signature), addresses)
 
         vars(call).update(op=op, launch=launched)
         return call
@@ -115,28 +123,78 @@ def kernel_op(
     return register
 
 
-def unobserved(args: Sequence[Any]) -> bool:
-    """Whether torch would do no more of an operator than to call its kernel for these arguments.
+def together(
+    name: str,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    recipes: Recipes,
+    constants: Callable[[], Sequence[Tensor]],
+) -> Any:
+    """Call a function that calls operators and nothing else, as one prepared launch where that changes nothing.
 
-    It would do more for gradients of either mode, `torch.func`'s transforms, modes, traces, profiles, subclasses, and
-    views that stand for other numbers than their memory.
+    Args:
+        name: of what is called, among all that keep their recipes in one place.
+        function: returns a tensor, or a tuple of tensors and None.
+        args: its arguments, the first of which is a tensor.
+        recipes: where recipes are kept; to be dropped as soon as a constant lies elsewhere.
+        constants: gives the other tensors that it reads.
     """
+    x = args[0]
     if (
+        torch.compiler.is_compiling()
+        or not (x.is_cuda or (x.is_cpu and interprets()))
+        or INTERPRET
+        or recorded()
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+        or steered()
+        or not quiet()
+        or (described := describe(args)) is None
+    ):
+        return function(*args)
+    signature, addresses = described
+    return prepared(function, args, (name, *signature), addresses, recipes, constants)
+
+
+def quiet() -> bool:
+    """Whether nothing in this thread would see an operator but its kernel.
+
+    Transforms of `torch.func`, modes, traces, profiles and forward-mode derivatives would.
+    """
+    return not (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or forward_ad._current_level >= 0
-    ):
-        return False
+    )
+
+
+def describe(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]] | None:
+    """All that an operator's launches follow from, but the addresses of its tensors, and these.
+
+    Returns:
+        `(signature, addresses)`; None where torch would do more than to launch: for gradients, subclasses, and views
+        that stand for other numbers than their memory.
+    """
     differentiated = torch.is_grad_enabled()
+    signature: list[Any] = [allows_tf32()]
+    addresses = []
     for value in args:
-        if isinstance(value, Tensor) and (
-            type(value) not in _PLAIN or (differentiated and value.requires_grad) or value.is_neg()
-        ):
-            return False
-    return True
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if (differentiated and value.requires_grad) or value.is_neg():
+                return None
+            address = value.data_ptr()
+            addresses.append(address)
+            # Triton and the copy engine care for multiples of 16 bytes
+            signature += (value.shape, value.stride(), value.dtype, value.get_device(), address & 15)
+        elif isinstance(value, Tensor):
+            return None
+        else:
+            signature.append(tuple(value) if kind is list else value)
+    return tuple(signature), addresses
 
 
 def autocast(x: Tensor, *tensors: Tensor | None, to: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -212,8 +270,13 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def allows_tf32() -> bool:
+    """Whether torch's settings let fp32 matrices be multiplied in tf32."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
 def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
     """`input_precision` for `tl.dot`: tf32 only for fp32 operands and only where it is allowed, else exact."""
-    if dtype == torch.float32 and (tf32 or torch.backends.cuda.matmul.allow_tf32):
+    if dtype == torch.float32 and (tf32 or allows_tf32()):
         return "tf32"
     return "ieee"

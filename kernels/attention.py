@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._config import Key, arch, lookup, sm_count
+from ._launch import launch
 from ._op import autocast, check_same_dtype, check_tensors, dot_precision, kernel_op
 from ._triton import add_dot, cdiv, next_power_of_2, tl, triton
 
@@ -576,7 +577,9 @@ def launch_attention(
         # as many programs for a head as give every multiprocessor two
         programs = min(tiles, cdiv(2 * sm_count(q.device), b * h))
         part_0, part_1, part_2 = key_parts(s)
-        _attention_resident_kernel[(programs * b * h,)](
+        launch(
+            _attention_resident_kernel,
+            (programs * b * h,),
             # of zero, which would make NaN of the keys past the last one, a number that rounds to it
             scale_log2=max(abs(scale) * math.log2(math.e), 1e-30),
             programs=programs,
@@ -587,7 +590,9 @@ def launch_attention(
             **common,
         )
         return out
-    _attention_fwd_kernel[(tiles * b * h,)](
+    launch(
+        _attention_fwd_kernel,
+        (tiles * b * h,),
         bias_ptr=bias,
         stride_bias_b=bias_strides[0],
         stride_bias_h=bias_strides[1],

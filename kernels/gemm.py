@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._config import Key, arch, has_library, lookup, sm_count
+from ._launch import launch
 from ._op import dense, dot_precision, flatten_rows
 from ._triton import TensorDescriptor, add_dot, cdiv, next_power_of_2, tl, triton
 from .activation import activate_ref
@@ -411,7 +412,9 @@ def launch_gemm(
         mean, rstd = (None, None) if stats is None else torch.empty((2, m), dtype=torch.float32, device=x.device)
         if stats is not None:
             block_m = max(1, 1024 // groups)
-            _merge_stats_kernel[(cdiv(m, block_m),)](
+            launch(
+                _merge_stats_kernel,
+                (cdiv(m, block_m),),
                 means_ptr=means,
                 squares_ptr=squares,
                 mean_ptr=mean,
@@ -443,7 +446,9 @@ def launch_gemm(
     }
     if config.tma:
         programs = min(sms, tiles)
-        _linear_fwd_tma_kernel[(programs,)](
+        launch(
+            _linear_fwd_tma_kernel,
+            (programs,),
             x_desc=TensorDescriptor.from_tensor(x2d, [config.block_m, config.block_k]),
             weight_desc=TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
             y_desc=TensorDescriptor.from_tensor(y2d, [config.block_m, store_n]),
@@ -457,7 +462,9 @@ def launch_gemm(
         size = tiles * config.split_k * config.block_m * config.block_n
         partials = torch.empty(size, dtype=torch.float32, device=x.device)
         tickets = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    _linear_fwd_kernel[(tiles, config.split_k)](
+    launch(
+        _linear_fwd_kernel,
+        (tiles, config.split_k),
         x_ptr=x2d,
         weight_ptr=weight,
         y_ptr=y2d,

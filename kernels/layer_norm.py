@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ._config import Key, lookup
+from ._launch import launch
 from ._op import autocast, check_shape, check_tensors, dense, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 
@@ -212,7 +213,9 @@ def _layer_norm(
     if x.numel():
         rows, config = launch_config("layer_norm", x)
         width, x = x.shape[-1], flatten_rows(x)
-        _layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
+        launch(
+            _layer_norm_fwd_kernel,
+            (cdiv(rows, config.block_m),),
             x_ptr=x,
             weight_ptr=dense(weight),
             bias_ptr=dense(bias),
@@ -240,7 +243,9 @@ def _add_layer_norm(
     if x.numel():
         rows, config = launch_config("add_layer_norm", x)
         width, x, residual = x.shape[-1], flatten_rows(x), flatten_rows(residual)
-        _add_layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
+        launch(
+            _add_layer_norm_fwd_kernel,
+            (cdiv(rows, config.block_m),),
             x_ptr=x,
             residual_ptr=residual,
             weight_ptr=dense(weight),

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._launch import launch
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, flatten_rows, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 from .epilogue import STATS_WIDTH, store_stats
@@ -184,7 +185,9 @@ def _row_stats(x: Tensor) -> Tensor:
     if x.numel():
         rows, config = launch_config("row_stats", x)
         width, x = x.shape[-1], flatten_rows(x)
-        _row_stats_fwd_kernel[(cdiv(rows, config.block_m),)](
+        launch(
+            _row_stats_fwd_kernel,
+            (cdiv(rows, config.block_m),),
             x_ptr=x,
             means_ptr=stats[0],
             squares_ptr=stats[1],

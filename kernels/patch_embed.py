@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._config import Key, arch, lookup
+from ._launch import launch
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, dense, dot_precision, kernel_op
 from ._triton import add_dot, cdiv, tl, triton
 
@@ -301,7 +302,9 @@ def _patch_embed(
         Config,
         lambda: heuristic(b * n, d, c * p * q, weight.dtype, arch(pixels.device)),
     )
-    _patch_embed_fwd_kernel[(cdiv(b * n, config.block_m) * cdiv(d, config.block_n),)](
+    launch(
+        _patch_embed_fwd_kernel,
+        (cdiv(b * n, config.block_m) * cdiv(d, config.block_n),),
         pixels_ptr=pixels,
         weight_ptr=weight.contiguous(memory_format=layout),
         bias_ptr=dense(bias),

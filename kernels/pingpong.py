@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._launch import launch
 from .epilogue import before_residual, tile_ids
 
 # Triton has renamed them between 3.7 and 3.9
@@ -266,7 +267,9 @@ def launch_pingpong(
         num_stages: of the ring.
         common: the kernel's other arguments by name.
     """
-    _linear_fwd_pingpong_kernel[(programs,)](
+    launch(
+        _linear_fwd_pingpong_kernel,
+        (programs,),
         x_desc=_descriptor(x, BLOCK_M, BLOCK_K),
         weight_desc=_descriptor(weight, BLOCK_N, BLOCK_K),
         y_desc=_descriptor(y, BLOCK_M, BLOCK_N),

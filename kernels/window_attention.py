@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._config import Key, arch, lookup, sm_count
+from ._launch import launch
 from ._op import autocast, check_shape, check_tensors, dense, dot_precision, kernel_op
 from ._triton import cdiv, next_power_of_2, tl, triton
 from .attention import MAX_HEAD_DIM, attention_gradients, split_head_dim
@@ -422,7 +423,9 @@ def _window_attention(
         table = table.contiguous()
     stride_b, stride_y, stride_x, _ = qkv.stride()
     d_main, d_tail = split_head_dim(d)
-    _window_attention_fwd_kernel[(cdiv(b, config.images) * maps * cdiv(n, config.block_m),)](
+    launch(
+        _window_attention_fwd_kernel,
+        (cdiv(b, config.images) * maps * cdiv(n, config.block_m),),
         qkv_ptr=qkv,
         table_ptr=table,
         scale_ptr=dense(scale),

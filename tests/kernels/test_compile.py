@@ -399,7 +399,7 @@ def test_committed_config(device: str, key: Key, entry: dict[str, Any], monkeypa
 def test_the_text_of_a_launch_s_key(op: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # what users' files and committed ones are written in
     function, arguments = _call(Key.parse(op, text))
-    with compiling("sm_90", monkeypatch, *FILES), _config.listen() as heard:
-        monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **arguments: None)
+    with compiling("sm_90", monkeypatch, *FILES), _config.listen() as heard, monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **arguments: None)
         getattr(vitfast.kernels, function)(**arguments)
     assert [(key.op, key.text) for key in heard] == [(op, text)]

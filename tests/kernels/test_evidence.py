@@ -62,9 +62,14 @@ def test_rows_are_what_the_model_launches(batch: int, monkeypatch: pytest.Monkey
     # they ask for a CUDA tensor
     for room in ("block", "model"):
         monkeypatch.setattr(f"vitfast.layers.{room}.deriving", lambda x: True)
-    with compiling(evidence.TARGET, monkeypatch, *FILES), _config.listen() as heard, torch.inference_mode():
+    with (
+        compiling(evidence.TARGET, monkeypatch, *FILES),
+        _config.listen() as heard,
+        torch.inference_mode(),
+        monkeypatch.context() as patch,
+    ):
         # neither compiled nor run
-        monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **arguments: None)
+        patch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **arguments: None)
         model(meta(batch, 3, 224, 224, dtype=torch.bfloat16))
         model(meta(batch, 3, 224, 224, dtype=torch.uint8).contiguous(memory_format=torch.channels_last))
     launched = {str(key) for key in heard}

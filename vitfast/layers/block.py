@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,6 +38,7 @@ class BlockPlan(NamedTuple):
         complete: nothing but a norm of q and k is called as a module.
         prefix: the first tokens alone can be computed.
         folded: what is derived from the frozen weights of norms and the layers behind them, or None.
+        recipes: prepared launches of frozen weights, or None.
     """
 
     original: str
@@ -49,6 +52,7 @@ class BlockPlan(NamedTuple):
     complete: bool = False
     prefix: bool = False
     folded: tuple[kernels.Folded, kernels.Folded] | None = None
+    recipes: dict[Any, Any] | None = None
 
 
 class FusedBlock(FusedLayer):
@@ -105,8 +109,10 @@ class FusedBlock(FusedLayer):
         by_token = all([isinstance(norm, nn.LayerNorm) for norm in (self.norm1, self.norm2)])
         prefix = complete and by_token and self.attn.position_free()
         plan = BlockPlan("", tuple(notes), norms, attn, scale1, sums, mlp, scale2, complete, prefix)
-        if derive and self.fold and complete and all(norms):
-            return plan._replace(folded=self._folded(attn))
+        if derive:
+            plan = plan._replace(recipes={})
+            if self.fold and complete and all(norms):
+                return plan._replace(folded=self._folded(attn))
         return plan
 
     def _computes(self, norm: Any) -> bool:
@@ -151,6 +157,22 @@ class FusedBlock(FusedLayer):
         """`[B, N, D]` to `[B, N, D]`; an attention that is called as a module gets the other arguments."""
         if plan.folded is not None and deriving(x) and x.dtype is plan.folded[0].weight.dtype:
             return self._fused_folded(x, plan, **inputs)
+        return self._together(self._fused, plan, x, **inputs)
+
+    def _together(self, function: Callable[..., Any], plan: BlockPlan, *args: Any, **inputs: Any) -> Any:
+        """`function(*args, plan, **inputs)`, as one prepared launch where it is nothing but kernels."""
+        if plan.recipes is None or any(value is not None for value in inputs.values()):
+            return function(*args, plan, **inputs)
+        run = partial(function, plan=plan, **inputs)
+        return kernels.together(function.__name__, run, args, plan.recipes, partial(self._constants, plan))
+
+    def _constants(self, plan: BlockPlan) -> list[Tensor]:
+        """Every tensor that stays where it is for as long as the plan."""
+        derived = [t for folded in plan.folded or () for t in (folded.weight, folded.colsum, folded.bias)]
+        packed = (plan.attn and plan.attn.packed) or ()
+        return [*self.parameters(), *self.buffers(), *derived, *(t for t in packed if t is not None)]
+
+    def _fused(self, x: Tensor, plan: BlockPlan, **inputs: Any) -> Tensor:
         # nothing is named that is not needed again: a name keeps its tensor's memory from the next kernel
         normed = None
         if plan.attn is not None:
@@ -175,6 +197,9 @@ class FusedBlock(FusedLayer):
 
     def fused_prefix(self, x: Tensor, count: int, plan: BlockPlan) -> Tensor:
         """`fused` for the first tokens alone, where the plan has `prefix`: `[B, N, D]` to `[B, count, D]`."""
+        return self._together(self._fused_prefix, plan, x, count)
+
+    def _fused_prefix(self, x: Tensor, count: int, plan: BlockPlan) -> Tensor:
         attn = self.attn
         x = attn.project(attn.attend_prefix(self._norm1(x, plan), count), plan.attn, x[:, :count], plan.scale1)
         return self.mlp.fused(self._norm2(x, plan), plan.mlp, x, plan.scale2)
@@ -185,6 +210,15 @@ class FusedBlock(FusedLayer):
         self, x: Tensor, stats: Tensor | None, plan: BlockPlan, **inputs: Any
     ) -> tuple[Tensor, Tensor]:
         """The first half of `fused` without a normalised tensor: tokens `[B, N, D]` and the statistics of each."""
+        return self._together(self._folded_attention, plan, x, stats, **inputs)
+
+    def folded_mlp(self, x: Tensor, stats: Tensor, plan: BlockPlan, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """The second half; statistics where they are wanted."""
+        return self._together(self._folded_mlp, plan, x, stats, wanted)
+
+    def _folded_attention(
+        self, x: Tensor, stats: Tensor | None, plan: BlockPlan, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
         attn, norm, proj = self.attn, self.norm1, self.attn.proj
         assert plan.folded is not None and plan.attn is not None
         weight, bias = plan.attn.packed or attn.weights_in()
@@ -195,8 +229,7 @@ class FusedBlock(FusedLayer):
         out = attn.attend(out, plan.attn, **self.attention_inputs(**inputs))
         return kernels.linear_stats(out, proj.weight, proj.bias, residual=x, scale=plan.scale1, tf32=attn.tf32)
 
-    def folded_mlp(self, x: Tensor, stats: Tensor, plan: BlockPlan, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """The second half; statistics where they are wanted."""
+    def _folded_mlp(self, x: Tensor, stats: Tensor, wanted: bool, plan: BlockPlan) -> tuple[Tensor, Tensor | None]:
         mlp, norm, fc1, fc2 = self.mlp, self.norm2, self.mlp.fc1, self.mlp.fc2
         assert plan.folded is not None and plan.mlp is not None
         out = kernels.norm_linear(
