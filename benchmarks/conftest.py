@@ -22,13 +22,14 @@ import torch
 
 from vitfast.benchmarks.peers import Peer
 from vitfast.benchmarks.report.targets import is_ours
-from vitfast.benchmarks.runner.check import Parity, rotation, tf32
+from vitfast.benchmarks.runner.check import Parity, rotation
 from vitfast.benchmarks.runner.run import build, select_peers
 from vitfast.benchmarks.workloads import base
 from vitfast.benchmarks.workloads.base import DTYPES, Workload
 from vitfast.benchmarks.workloads.table import workloads
 from vitfast.clock import machine, timing
 from vitfast.clock.ceilings import Ceilings, measure_ceilings
+from vitfast.kernels import fp32_products
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -145,7 +146,7 @@ def bench(benchmark: Any, ceilings: Ceilings, prepared: Prepare) -> Callable[[Wo
         # before the truth is computed, which is a waste for those
         if reason := peer.missing(workload, DEVICE):
             pytest.skip(f"{peer.name}: {reason}")
-        with tf32(workload):
+        with fp32_products(DEVICE, workload.dtype == "tf32"):
             try:
                 sets, parity = prepared(workload)
             except torch.OutOfMemoryError:

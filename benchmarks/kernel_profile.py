@@ -24,7 +24,7 @@ from torch.profiler import profile as record
 import vitfast
 from vitfast.clock import timing
 from vitfast.clock.ceilings import Ceilings, measure_ceilings
-from vitfast.proof.parity import fp32_products
+from vitfast.kernels import fp32_products
 from vitfast.proof.subjects import pick_device, seed_weights
 from vitfast.table import text_table
 

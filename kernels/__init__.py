@@ -5,7 +5,7 @@ function in torch's own calls (or the Triton kernel itself when `TRITON_INTERPRE
 """
 
 if __name__ == "vitfast.kernels":
-    from ._op import INTERPRET, by_reference, interprets, together
+    from ._op import INTERPRET, by_reference, fp32_products, interprets, together
     from .activation import ACTIVATIONS
     from .attention import (
         MAX_HEAD_DIM,
@@ -51,6 +51,7 @@ __all__ = [
     "Folded",
     "by_reference",
     "fold",
+    "fp32_products",
     "interprets",
     "layer_norm",
     "layer_norm_ref",

@@ -272,7 +272,39 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 def allows_tf32() -> bool:
     """Whether torch's settings let fp32 matrices be multiplied in tf32."""
-    return torch.backends.cuda.matmul.allow_tf32
+    # by its newer name: the older one raises once a newer one was used
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@contextmanager
+def fp32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """While open, torch's own fp32 products on CUDA, of matrices and in cuDNN, are in tf32 or are not."""
+    if device.type != "cuda":
+        yield
+        return
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    newer: tuple[Any, ...] = (backends[0], backends[1].conv, backends[1].rnn)
+    before = [_older(backend) for backend in backends]
+    before_newer = [setting.fp32_precision for setting in newer]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = tf32
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            if value is not None:
+                backend.allow_tf32 = value
+        if None in before:
+            for setting, precision in zip(newer, before_newer, strict=True):
+                setting.fp32_precision = precision
+
+
+def _older(backend: Any) -> bool | None:
+    """`allow_tf32`, or None where a setting by its newer name has replaced it."""
+    try:
+        return bool(backend.allow_tf32)
+    except RuntimeError:
+        return None
 
 
 def dot_precision(dtype: torch.dtype, tf32: bool) -> str:

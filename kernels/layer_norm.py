@@ -204,10 +204,10 @@ def _sum_dtype(x: Tensor, residual: Tensor, scale: Tensor | None) -> torch.dtype
     return torch.promote_types(scaled, residual.dtype)
 
 
-@kernel_op("vitfast::layer_norm", reference=layer_norm_ref, check=_check_layer_norm)
-def _layer_norm(
+def launch_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate and launch: `layer_norm(x)`, and mean and 1 / deviation of each row in fp32."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = _statistics(x)
     if x.numel():
@@ -231,6 +231,13 @@ def _layer_norm(
             num_warps=config.num_warps,
         )
     return y, mean, rstd
+
+
+@kernel_op("vitfast::layer_norm", reference=layer_norm_ref, check=_check_layer_norm)
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_layer_norm(x, weight, bias, eps)
 
 
 @kernel_op("vitfast::add_layer_norm", reference=add_layer_norm_ref, check=_check_add_layer_norm)

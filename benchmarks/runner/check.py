@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,18 +86,6 @@ class Parity:
             actual = function(self.inputs)[_picked(self.workload.shape["batch"])]
         result = compare(actual, self.truth, self.baseline)
         return result.worst, result.worst_limit, result.ok
-
-
-@contextmanager
-def tf32(workload: Workload) -> Iterator[None]:
-    """torch's own switch, for the rows that are named after it."""
-    switch = torch.backends.cuda.matmul
-    before, before_conv = switch.allow_tf32, torch.backends.cudnn.allow_tf32
-    switch.allow_tf32 = torch.backends.cudnn.allow_tf32 = workload.dtype == "tf32"
-    try:
-        yield
-    finally:
-        switch.allow_tf32, torch.backends.cudnn.allow_tf32 = before, before_conv
 
 
 def rotation(workload: Workload, device: torch.device) -> list[dict[str, Any]]:

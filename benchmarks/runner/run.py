@@ -14,10 +14,11 @@ from torch import Tensor
 
 from vitfast.clock import machine, timing
 from vitfast.clock.ceilings import Ceilings, measure_ceilings
+from vitfast.kernels import fp32_products
 
 from ..peers import Peer, peers
 from ..workloads.base import Workload
-from .check import Parity, rotation, tf32
+from .check import Parity, rotation
 from .progress import Progress
 from .results import Row, Run, load, same_run
 
@@ -100,7 +101,7 @@ def run_workload(
     """
     rows: dict[str, Row] = {}
     ready: dict[str, timing.Candidate] = {}
-    with tf32(workload):
+    with fp32_products(device, workload.dtype == "tf32"):
         try:
             sets = rotation(workload, device)
             parity = Parity(workload, device, sets[0])

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from vitfast.clock import machine
 from vitfast.clock import timing as measure
-from vitfast.kernels import INTERPRET, _config
+from vitfast.kernels import INTERPRET, _config, fp32_products
 from vitfast.kernels._config import Key
-from vitfast.proof.parity import fp32_products
 
 from ..workloads.base import DTYPES
 from .ahead import Reached, compile_ahead

@@ -106,7 +106,7 @@ def test_prepared(case: Case, dtype: torch.dtype, launches: list[Launch], monkey
     """A second call with a signature gives the driver, to the byte, what Triton would have."""
     # `_SameMemory` is a mode, which would send the calls through torch.library
     monkeypatch.setattr(_op, "quiet", lambda: True)
-    if str(case) in UNPREPARED or case.op == "norm_linear":
+    if str(case) in UNPREPARED or (case.op == "norm_linear" and dtype is torch.bfloat16):
         _call(case.op, case.arguments(dtype, "cpu"), [])
         assert list(_launch._recipes.values())[-1] is None
     else:

@@ -334,6 +334,36 @@ def test_checks() -> None:
         check_same_dtype("op", x=x, y=None, z=x.half())
 
 
+NEWER = {
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'": "ieee",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+}
+
+
+@pytest.mark.parametrize("setting", NEWER)
+def test_tf32_by_torch_s_newer_settings(setting: str) -> None:
+    # in a process of its own: nothing takes torch back to where its older settings can be read
+    script = f"""
+import torch
+from vitfast.kernels._op import dot_precision, fp32_products
+{setting}
+def settings():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    return dot_precision(torch.float32, False), [backend.fp32_precision for backend in backends][1:]
+before = settings()
+assert before[0] == "{NEWER[setting]}", before
+for tf32 in (False, True):
+    with fp32_products(torch.device("cuda"), tf32):
+        assert dot_precision(torch.float32, False) == ("tf32" if tf32 else "ieee")
+    assert settings() == before, settings()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_tf32_is_torch_s_choice() -> None:
     allowed = torch.backends.cuda.matmul.allow_tf32
     try:

@@ -374,8 +374,9 @@ ARCHITECTURES = (
     _timm_eva("vit_relpos_base_patch16_224"),
     timm_swin("swin_tiny_patch4_window7_224", 7),
     timm_swin("swin_s3_tiny_224", 7, window_size=(7, 14)),
-    timm_swin("swinv2_tiny_window8_256", 8),
-    timm_swin("swinv2_cr_tiny_224", 7),
+    # timm 1.0.29 does not make masks for windows of Swin V2 that it pads
+    timm_swin("swinv2_tiny_window8_256", 8, img_size=(64, 128)),
+    timm_swin("swinv2_cr_tiny_224", 7, img_size=(56, 112)),
     _hf_vit("ViTModel", "ViTConfig"),
     _hf_vit("ViTForImageClassification", "ViTConfig", num_labels=5),
     _hf_vit("ViTForMaskedImageModeling", "ViTConfig", encoder_stride=8),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import fp32_products
 from .timing import Candidate, sample_ms
 
 CEILING_S = 1.0
@@ -48,13 +49,8 @@ def measure_ceilings(device: torch.device, dtypes: Mapping[str, torch.dtype], *,
     rates = {}
     for name, dtype in dtypes.items():
         a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
-        switch = torch.backends.cuda.matmul
-        before = switch.allow_tf32
-        switch.allow_tf32 = name == "tf32"
-        try:
+        with fp32_products(device, name == "tf32"):
             rates[name] = 2 * edge**3 / (min(_fastest_ms(gemm, device) for gemm in _gemms(a, b)) * 1e9)
-        finally:
-            switch.allow_tf32 = before
     return Ceilings(2 * source.nbytes / (copy_ms * 1e6), rates)
 
 

@@ -23,11 +23,12 @@ from ..doctor import doctor
 from ..images.photo import load_image, sample_image
 from ..images.spec import image_spec
 from ..images.view import look
+from ..kernels import fp32_products
 from ..kernels._triton import HAS_TRITON
 from ..maps.maps import attention_maps
 from ..maps.pictures import overlay
 from ..maps.rollouts import rollout
-from ..proof.parity import fp32_products, parity
+from ..proof.parity import parity
 from ..proof.subjects import build_model, pick_device
 from ..swap.accelerate import accelerate
 from ..swap.precision import get_precision

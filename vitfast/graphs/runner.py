@@ -123,8 +123,9 @@ class Graphs:
             x.device,
             memory_format(x),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-            torch.get_float32_matmul_precision(),
-            torch.backends.cudnn.allow_tf32,
+            # by their newer names, since the older ones raise once these were used
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,
             torch.are_deterministic_algorithms_enabled(),
         )
 

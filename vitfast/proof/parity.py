@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import match
 from ..adapters.known import mixin_name
+from ..kernels import fp32_products
 from ..layers import FusedBlock, FusedLayer
 from ..rule import ALIKE, FACTOR, Comparison, compare
 from ..swap.accelerate import accelerate, restore
@@ -152,23 +153,6 @@ def _cells(c: Comparison) -> tuple[str, ...]:
         f"{100.0 * c.share:.0f} %",
         "ok" if c.ok else "BROKEN",
     )
-
-
-@contextmanager
-def fp32_products(device: torch.device, tf32: bool) -> Iterator[None]:
-    """torch's fp32 products on CUDA in tf32 or not, for the baseline to match the policy (cuDNN's default is tf32)."""
-    if device.type != "cuda":
-        yield
-        return
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = tf32
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 def first_tensor(output: Any) -> Tensor:
