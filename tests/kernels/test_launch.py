@@ -76,6 +76,7 @@ def _call(op: str, arguments: dict[str, Any], memory: list[torch.Tensor]) -> tup
 def _assert_prepared(op: str, calls: list[dict[str, Any]], launches: list[Launch]) -> None:
     """The first call's signature is prepared, and the second one launches what Triton would."""
     memory: list[torch.Tensor] = []
+    launches.clear()
     _call(op, calls[0], [])
     first = [launch.kernel for launch in launches]
     launches.clear()

@@ -29,7 +29,12 @@ RUNS: dict[str, tuple[tuple[dict[str, str], list[str]], ...]] = {
     "transformers": (({}, [f"{_LIBRARIES}transformers"]),),
     "torchvision": (({}, [f"{_LIBRARIES}torchvision"]),),
     "open_clip_torch": (({}, [f"{_LIBRARIES}open_clip"]),),
-    "triton": (({"TRITON_INTERPRET": "1"}, ["-m", "interpret", _KERNELS]), ({}, ["-m", "compile_only", _KERNELS])),
+    "triton": (
+        ({"TRITON_INTERPRET": "1"}, ["-m", "interpret", _KERNELS]),
+        ({}, ["-m", "compile_only", _KERNELS]),
+        # one prepared launch of each op, and all else about them
+        ({}, ["-m", "compile_only", "-k", "not bfloat16", "tests/kernels/test_launch.py"]),
+    ),
 }
 
 

@@ -125,7 +125,7 @@ class Graphs:
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             # by their newer names, since the older ones raise once these were used
             torch.backends.cuda.matmul.fp32_precision,
-            torch.backends.cudnn.conv.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
             torch.are_deterministic_algorithms_enabled(),
         )
 
