@@ -139,7 +139,8 @@ def test_compiles(case: Case, target: str, dtype: torch.dtype, batch: int, monke
         if kernel.name == "_merge_stats_kernel":
             check_resources(kernel, target)
             continue
-        if case.dot:
+        # which norm_linear launches in fp32, where it folds nothing
+        if case.dot and kernel.name != "_layer_norm_fwd_kernel":
             check_tensor_cores(kernel, target, dtype)
         if case.real:
             check_resources(kernel, target)

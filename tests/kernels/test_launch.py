@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -295,6 +297,17 @@ def test_weights_that_move_are_read_where_they_are(model: Any) -> None:
     net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
     for _ in range(2):
         assert _reads(_forward(net, launches), net.blocks[1].mlp.fc2.weight)
+
+
+def test_a_copy_prepares_its_own(model: Any) -> None:
+    net, launches = model
+    for _ in range(2):
+        _forward(net, launches)
+    twin = copy.deepcopy(net)
+    pickle.dumps(net)
+    for _ in range(2):
+        found = _forward(twin, launches)
+        assert _reads(found, twin.blocks[0].attn.proj.weight) and not _reads(found, net.blocks[0].attn.proj.weight)
 
 
 def test_hooks_still_see_a_block(model: Any) -> None:
