@@ -11,20 +11,17 @@ code each time.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import operator
 import re
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._recipe import POINTER, TENSOR_MAP, Kernel, Recipe, TensorMap
 from ._triton import HAS_TRITON
 
 if HAS_TRITON:
@@ -32,13 +29,10 @@ if HAS_TRITON:
 
 # bytes of what a kernel's parameter may be, and how `struct` writes it; of all others nothing is prepared
 _SCALARS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "f32": "<f"}
-_POINTER, _TENSOR_MAP = 8, 128
 # Triton's number of an element type in a compiled kernel's `tensordesc_meta`, and CUDA's CUtensorMapDataType
 _MAP_TYPES = {6: 6, 7: 7, 8: 10, 9: 8, 10: 9}
-# signatures with a recipe, and for each of them sets of addresses with packed parameters; a forward uses a set for each
-# layer
+# so many signatures have a recipe at once
 _SIGNATURES = 4096
-_ADDRESSES = 512
 
 _PREPARES = HAS_TRITON and torch.version.hip is None
 
@@ -51,210 +45,6 @@ class _Unknown:
 
 class _Impossible(Exception):
     """A launch that cannot be prepared."""
-
-
-@functools.cache
-def _cuda() -> ctypes.CDLL:
-    """The driver that Triton loaded."""
-    library = ctypes.CDLL("libcuda.so.1")
-    unsigned, pointer = ctypes.c_uint, ctypes.c_void_p
-    library.cuLaunchKernel.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
-    library.cuTensorMapEncodeTiled.argtypes = [
-        *(pointer, ctypes.c_int, unsigned, pointer, pointer, pointer, pointer, pointer),
-        *[ctypes.c_int] * 4,
-    ]
-    return library
-
-
-def _raise(status: int, what: str) -> None:
-    text = ctypes.c_char_p()
-    _cuda().cuGetErrorString(status, ctypes.byref(text))
-    raise RuntimeError(f"{what}: CUDA error {status}: {(text.value or b'unknown').decode()}")
-
-
-@dataclass(frozen=True)
-class _Map:
-    """A tensor map of a kernel: all but the address.
-
-    Attributes:
-        shape, strides: of the matrix in elements, the last stride 1.
-        block: of a copy.
-        element: bytes.
-        kind, swizzle: CUDA's numbers.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-    element: int
-    kind: int
-    swizzle: int
-
-    @functools.lru_cache(maxsize=_ADDRESSES)  # noqa: B019
-    def encoded(self, address: int) -> bytes:
-        """The map of a matrix at `address`."""
-        rank = len(self.shape)
-        # CUDA counts dimensions from the innermost, and strides in bytes without its own
-        sizes = (ctypes.c_uint64 * rank)(*reversed(self.shape))
-        strides = (ctypes.c_uint64 * rank)(*(self.element * stride for stride in reversed(self.strides[:-1])))
-        block = (ctypes.c_uint32 * rank)(*reversed(self.block))
-        ones = (ctypes.c_uint32 * rank)(*[1] * rank)
-        memory = ctypes.create_string_buffer(_TENSOR_MAP + 64)
-        start = _aligned(memory)
-        # 2: L2 promotion to 128 bytes, as Triton asks for; elements out of bounds are zero
-        status = _cuda().cuTensorMapEncodeTiled(
-            start, self.kind, rank, address, sizes, strides, block, ones, 0, self.swizzle, 2, 0
-        )
-        if status:
-            _raise(status, f"a tensor map of {self.shape} in blocks of {self.block}")
-        return ctypes.string_at(start, _TENSOR_MAP)
-
-
-def _aligned(memory: Any) -> int:
-    """The first address in a buffer that is a multiple of 64, as tensor maps need."""
-    return -(-ctypes.addressof(memory) // 64) * 64
-
-
-class _Kernel:
-    """One launch of a recipe: all but the addresses.
-
-    Args:
-        name: of the kernel.
-        function: CUDA's handle.
-        grid: three sizes.
-        threads, shared: of a program; shared memory in bytes.
-        parameters: in order: bytes, `(source, offset)` of a pointer or `(source, offset, map)` of a tensor map, where
-            a source is the number of one of the call's tensors or, behind them, of an allocation.
-    """
-
-    def __init__(
-        self, name: str, function: int, grid: tuple[int, ...], threads: int, shared: int, parameters: Sequence[Any]
-    ) -> None:
-        self.name, self.function, self.sizes = name, function, (*grid, threads, 1, 1, shared)
-        self.sources = sorted({parameter[0] for parameter in parameters if isinstance(parameter, tuple)})
-        self._maps: list[tuple[int, int, int, _Map]] = []
-        self._pointers: list[tuple[int, int, int]] = []
-        self._places: list[int] = []
-        self._packed: dict[Any, tuple[int, Any, Any]] = {}
-        content = bytearray()
-        for parameter in parameters:
-            is_map = len(parameter) in (3, _TENSOR_MAP)
-            # tensor maps need a multiple of 64; all else is content with less
-            content += bytes(-len(content) % (64 if is_map else 8))
-            place = len(content)
-            self._places.append(place)
-            if isinstance(parameter, bytes):
-                content += parameter
-                continue
-            content += bytes(_TENSOR_MAP if is_map else _POINTER)
-            which = self.sources.index(parameter[0])
-            if is_map:
-                self._maps.append((place, which, *parameter[1:]))
-            else:
-                self._pointers.append((place, which, parameter[1]))
-        self._content = bytes(content)
-        # with one source `itemgetter` would give no tuple
-        self._pick = operator.itemgetter(*(self.sources * 2)[: max(2, len(self.sources))]) if self.sources else tuple
-
-    def launch(self, addresses: Sequence[int], stream: int, driver: Callable[..., int]) -> None:
-        """Launch with the sources at these addresses."""
-        where = self._pick(addresses)
-        packed = self._packed.get(where)
-        if packed is None:
-            packed = self._pack(where)
-        if status := driver(self.function, *self.sizes, stream, packed[0], None):
-            _raise(status, f"launching {self.name}")
-
-    def _pack(self, where: tuple[int, ...]) -> tuple[int, Any, Any]:
-        """The address of CUDA's array of pointers to the parameters, the array, and the memory they point into."""
-        memory = ctypes.create_string_buffer(len(self._content) + 64)
-        start = _aligned(memory)
-        ctypes.memmove(start, self._content, len(self._content))
-        for place, which, offset in self._pointers:
-            ctypes.c_uint64.from_address(start + place).value = where[which] + offset
-        for place, which, offset, tensor_map in self._maps:
-            ctypes.memmove(start + place, tensor_map.encoded(where[which] + offset), _TENSOR_MAP)
-        pointers = (ctypes.c_void_p * len(self._places))(*[start + place for place in self._places])
-        if len(self._packed) >= _ADDRESSES:
-            self._packed.clear()
-        # the last two stand there so that they live as long
-        packed = self._packed[where] = ctypes.addressof(pointers), pointers, memory
-        return packed
-
-
-class Recipe:
-    """What a call with one signature does.
-
-    Args:
-        device: of all of it.
-        steps: in order, an allocation `(shape, stride, dtype, zeroed)` or a launch.
-        outputs: of each result, the number of its allocation and, unless it is that itself, `(size, stride, offset)`;
-            None of one that is None.
-        single: it returns a tensor, not a tuple of them.
-        tensors: how many the call has.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        steps: Sequence[Any],
-        outputs: Sequence[tuple[int, tuple[Any, Any, int] | None] | None],
-        single: bool,
-        tensors: int,
-    ) -> None:
-        self.device, self.outputs, self.single = device, tuple(outputs), single
-        self.kernels = [step for step in steps if isinstance(step, _Kernel)]
-        # memory that no later launch takes, and no result is, goes back after a launch, as it would without a recipe
-        last = {source: kernel for kernel in self.kernels for source in kernel.sources}
-        kept = {output[0] for output in outputs if output is not None}
-        self._steps: list[tuple[Any, _Kernel | None, list[int]]] = []
-        for step in steps:
-            if not isinstance(step, _Kernel):
-                self._steps.append((step, None, []))
-                continue
-            done = [s - tensors for s in step.sources if s >= tensors and last[s] is step and s - tensors not in kept]
-            self._steps.append((None, step, done))
-
-    def __call__(self, addresses: list[int]) -> Any:
-        """Allocate and launch on the current stream.
-
-        Args:
-            addresses: of the call's tensors, in order; this call adds to them.
-        """
-        device = self.device
-        made: list[Any] = []
-        stream, driver = current_stream(device.index), _cuda().cuLaunchKernel
-        for allocation, kernel, done in self._steps:
-            if kernel is None:
-                shape, stride, dtype, zeroed = allocation
-                if zeroed:
-                    tensor = torch.zeros(shape, dtype=dtype, device=device)
-                else:
-                    tensor = empty(shape, stride, dtype, device)
-                made.append(tensor)
-                addresses.append(tensor.data_ptr())
-            else:
-                kernel.launch(addresses, stream, driver)
-                for number in done:
-                    made[number] = None
-        outputs: list[Any] = []
-        for output in self.outputs:
-            if output is None:
-                outputs.append(None)
-            else:
-                number, view = output
-                outputs.append(made[number] if view is None else made[number].as_strided(*view))
-        return outputs[0] if self.single else tuple(outputs)
-
-
-def empty(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty_strided`."""
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-def current_stream(index: int) -> int:
-    """CUDA's handle of torch's current stream on a device."""
-    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def current_device() -> int:
@@ -338,7 +128,7 @@ class _Recorder(TorchDispatchMode):
             except _Impossible:
                 self.possible = False
 
-    def _kernel(self, compiled: Any, grid: Sequence[int], arguments: dict[str, Any]) -> _Kernel:
+    def _kernel(self, compiled: Any, grid: Sequence[int], arguments: dict[str, Any]) -> Kernel:
         metadata = compiled.metadata
         plain = ("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False)
         scratch = ("global_scratch_size", 0), ("profile_scratch_size", 0)
@@ -354,7 +144,7 @@ class _Recorder(TorchDispatchMode):
             if kind.startswith("*"):
                 where = self.pointer(value)
                 parameters.append(where if len(where) == 2 else struct.pack("<Q", *where))
-                sizes.append(_POINTER)
+                sizes.append(POINTER)
             elif kind.startswith("tensordesc"):
                 if not maps or not maps[0] or value.padding != "zero":
                     raise _Impossible
@@ -362,27 +152,27 @@ class _Recorder(TorchDispatchMode):
                 parameters.append((*where, tensor_map) if len(where) == 2 else tensor_map.encoded(*where))
                 parameters += [struct.pack("<i", size) for size in value.shape]
                 parameters += [struct.pack("<q", stride) for stride in value.strides]
-                sizes += [_TENSOR_MAP, *[4] * len(value.shape), *[8] * len(value.strides)]
+                sizes += [TENSOR_MAP, *[4] * len(value.shape), *[8] * len(value.strides)]
             elif kind in _SCALARS:
                 parameters.append(struct.pack(_SCALARS[kind], value))
                 sizes.append(len(parameters[-1]))
             else:
                 raise _Impossible
         # Triton's scratch memory, of which these kernels have none
-        parameters += [bytes(_POINTER), bytes(_POINTER)]
-        if parameter_sizes(compiled.asm["ptx"]) != [*sizes, _POINTER, _POINTER]:
+        parameters += [bytes(POINTER), bytes(POINTER)]
+        if parameter_sizes(compiled.asm["ptx"]) != [*sizes, POINTER, POINTER]:
             raise _Impossible
         num_warps, _, shared = compiled.packed_metadata
         whole = (*grid, 1, 1)[:3]
-        return _Kernel(metadata.name, compiled.function, whole, 32 * num_warps, shared, parameters)
+        return Kernel(metadata.name, compiled.function, whole, 32 * num_warps, shared, parameters)
 
 
-def _map(meta: dict[str, Any], descriptor: Any) -> _Map:
+def _map(meta: dict[str, Any], descriptor: Any) -> TensorMap:
     kind = _MAP_TYPES.get(meta["elem_type"])
     if kind is None or meta["fp4_padded"] or meta.get("is_im2col"):
         raise _Impossible
     shape, strides, block = map(tuple, (descriptor.shape, descriptor.strides, meta["block_size"]))
-    return _Map(shape, strides, block, meta["elem_size"], kind, meta["swizzle"])
+    return TensorMap(shape, strides, block, meta["elem_size"], kind, meta["swizzle"])
 
 
 def parameter_sizes(ptx: str) -> list[int]:

@@ -26,7 +26,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 import vitfast.kernels as kernels
-from vitfast.kernels import _config, _launch, _op
+from vitfast.kernels import _config, _launch, _op, _recipe
 
 STREAM = 7
 MULTIPROCESSORS = 132
@@ -112,7 +112,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         for module in (_op, kernels):
             patch.setattr(module, "interprets", lambda: _op._called() is None)
         patch.setattr(_launch, "current_device", lambda: None)
-        patch.setattr(_launch, "current_stream", lambda index: STREAM)
+        patch.setattr(_recipe, "current_stream", lambda index: STREAM)
         library.stand_in_listen(listener)
         yield launches
         library.stand_in_listen(None)

@@ -17,7 +17,7 @@ import vitfast.kernels as kernels
 from tests.kernels._cases import CASES
 from tests.kernels._data import Case, Data
 from tests.kernels._stand_in import Launch, stand_in
-from vitfast.kernels import _config, _launch, _op
+from vitfast.kernels import _config, _launch, _op, _recipe
 from vitfast.layers import backends
 
 pytestmark = pytest.mark.compile_only
@@ -200,8 +200,8 @@ def test_a_thread_s_first_launch_is_triton_s(launches: list[Launch], monkeypatch
     # which makes CUDA's context current in the thread
     arguments = {"x": torch.zeros(4, 64, dtype=torch.bfloat16), "weight": torch.zeros(32, 64, dtype=torch.bfloat16)}
     prepared: list[bool] = []
-    run = _launch.Recipe.__call__
-    monkeypatch.setattr(_launch.Recipe, "__call__", lambda self, at: prepared.append(True) or run(self, at))
+    run = _recipe.Recipe.__call__
+    monkeypatch.setattr(_recipe.Recipe, "__call__", lambda self, at: prepared.append(True) or run(self, at))
 
     def call() -> None:
         with torch.no_grad():
@@ -220,11 +220,11 @@ def test_a_thread_s_first_launch_is_triton_s(launches: list[Launch], monkeypatch
 
 def test_a_refused_launch_and_a_refused_map_say_so(launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"map of \(64, 60\) in blocks of \(64, 64\): CUDA error 1: refused"):
-        _launch._Map((64, 60), (60, 1), (64, 64), 2, 10, 3).encoded(4096)
+        _recipe.TensorMap((64, 60), (60, 1), (64, 64), 2, 10, 3).encoded(4096)
     arguments = {"x": torch.zeros(4, 64, dtype=torch.bfloat16), "weight": torch.zeros(32, 64, dtype=torch.bfloat16)}
     with torch.no_grad():
         kernels.linear(**arguments)
-        monkeypatch.setattr(_launch._cuda(), "cuLaunchKernel", lambda *args: 700)
+        monkeypatch.setattr(_recipe.cuda(), "cuLaunchKernel", lambda *args: 700)
         with pytest.raises(RuntimeError, match="launching _linear_fwd_tma_kernel: CUDA error 700"):
             kernels.linear(**arguments)
 
@@ -264,9 +264,9 @@ def test_a_block_of_frozen_weights_is_one_recipe(model: Any, monkeypatch: pytest
     net, launches = model
     first = _forward(net, launches)
     called: list[str] = []
-    run = _launch.Recipe.__call__
+    run = _recipe.Recipe.__call__
     monkeypatch.setattr(
-        _launch.Recipe, "__call__", lambda self, at: called.append(f"{len(self.kernels)}") or run(self, at)
+        _recipe.Recipe, "__call__", lambda self, at: called.append(f"{len(self.kernels)}") or run(self, at)
     )
     again = _forward(net, launches)
     assert _shape(again) == _shape(first)
