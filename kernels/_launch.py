@@ -28,7 +28,7 @@ if HAS_TRITON:
     from triton import knobs
 
 # bytes of what a kernel's parameter may be, and how `struct` writes it; of all others nothing is prepared
-_SCALARS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "f32": "<f"}
+_SCALARS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f"}
 # Triton's number of an element type in a compiled kernel's `tensordesc_meta`, and CUDA's CUtensorMapDataType
 _MAP_TYPES = {6: 6, 7: 7, 8: 10, 9: 8, 10: 9}
 # so many signatures have a recipe at once
@@ -82,9 +82,10 @@ class _Recorder(TorchDispatchMode):
         if name in ("aten::empty", "aten::empty_like", "aten::zeros") and out.is_contiguous():
             self.made.append(out)
             self.steps.append((tuple(out.shape), out.stride(), out.dtype, name == "aten::zeros"))
-        # else it is a view, or has nothing to do with tensors, such as the promotion of dtypes
-        elif not (returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)) and (
-            isinstance(out, Tensor) or any(isinstance(value, Tensor) for value in args)
+        elif func._schema.is_mutable or (
+            # neither a view nor free of tensors, as the promotion of dtypes is
+            not (returns and all(r.alias_info is not None for r in returns))
+            and (isinstance(out, Tensor) or any(isinstance(value, Tensor) for value in args))
         ):
             self.possible = False
         return out

@@ -102,14 +102,14 @@ def kernel_op(
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return op(*args)
-            if recorded():
-                return launched(*args)
             first = args[0]
             if first.is_cpu and not interprets():
                 check(*args)
                 if (called := _called()) is not None:
                     called.append(name)
                 return reference(*args)
+            if recorded():
+                return launched(*args)
             if not (first.is_cuda or first.is_cpu) or not quiet() or (described := describe(args)) is None:
                 return op(*args)
             if INTERPRET or steered():
