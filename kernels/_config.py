@@ -101,6 +101,11 @@ def arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def early(device: torch.device) -> bool:
+    """Whether kernels may be launched before the previous one has ended: programmatic dependent launch, from 9.0 on."""
+    return arch(device) >= 90
+
+
 @functools.cache
 def sm_count(device: torch.device) -> int:
     """Number of multiprocessors. The interpreter's CPU has 2, so that persistent loops are walked."""

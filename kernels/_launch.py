@@ -4,7 +4,7 @@ An op's launch code computes strides, tiles, flags and descriptors from its argu
 them again: more host time than the kernel itself needs on a small batch. All of it follows from the arguments' sizes,
 strides, dtypes and alignment. So the first call with a signature runs that code and writes down what it does: which
 tensors it allocates, which kernels it launches with which numbers, and from which tensor each pointer comes
-(`recording`). Later calls do just that (`Recipe.__call__`), with CUDA's own `cuLaunchKernel`. What a recording cannot
+(`recording`). Later calls do just that (`Recipe.__call__`), with CUDA's own `cuLaunchKernelEx`. What a recording cannot
 describe (a copy, a GEMM of torch's, a kernel whose parameters are not as expected) is never prepared, and runs its own
 code each time.
 """
@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
 
     def _kernel(self, compiled: Any, grid: Sequence[int], arguments: dict[str, Any]) -> Kernel:
         metadata = compiled.metadata
-        plain = ("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False)
+        plain = ("num_ctas", 1), ("launch_cooperative_grid", False)
         scratch = ("global_scratch_size", 0), ("profile_scratch_size", 0)
         if any(getattr(metadata, name, value) != value for name, value in plain + scratch):
             raise _Impossible
@@ -165,7 +165,7 @@ class _Recorder(TorchDispatchMode):
             raise _Impossible
         num_warps, _, shared = compiled.packed_metadata
         whole = (*grid, 1, 1)[:3]
-        return Kernel(metadata.name, compiled.function, whole, 32 * num_warps, shared, parameters)
+        return Kernel(metadata.name, compiled.function, whole, 32 * num_warps, shared, metadata.launch_pdl, parameters)
 
 
 def _map(meta: dict[str, Any], descriptor: Any) -> TensorMap:
@@ -191,6 +191,8 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         grid: up to three numbers of programs.
         arguments: the kernel's, and Triton's options.
     """
+    if arguments.get("EARLY"):
+        arguments["launch_pdl"] = True
     compiled = kernel[grid](**arguments)
     recorder = getattr(_thread, "recorder", None)
     if recorder is not None:

@@ -89,12 +89,25 @@ def kernel_op(
             with torch.cuda.device(device):
                 return launch(*args)
 
+        def repeated(args: Sequence[Any], described: tuple[tuple[Any, ...], list[int]]) -> Any:
+            if INTERPRET or steered():
+                return launched(*args)
+            signature, addresses = described
+            return prepared(launched, args, (name, *signature), addresses)
+
+        @functools.wraps(launch)
+        def below(*args: Any) -> Any:
+            # torch.library has seen to gradients before it calls this
+            if recorded() or not quiet() or (described := describe(args, gradients=False)) is None:
+                return launched(*args)
+            return repeated(args, described)
+
         @functools.wraps(reference)
         def referred(*args: Any) -> Any:
             check(*args)
             return reference(*args)
 
-        op = torch.library.custom_op(name, launched, mutates_args=(), device_types="cuda")
+        op = torch.library.custom_op(name, below, mutates_args=(), device_types="cuda")
         op.register_kernel("cpu")(launched if INTERPRET else referred)
         op.register_fake(referred)
 
@@ -112,10 +125,7 @@ def kernel_op(
                 return launched(*args)
             if not (first.is_cuda or first.is_cpu) or not quiet() or (described := describe(args)) is None:
                 return op(*args)
-            if INTERPRET or steered():
-                return launched(*args)
-            signature, addresses = described
-            return prepared(launched, args, (name, *signature), addresses)
+            return repeated(args, described)
 
         vars(call).update(op=op, launch=launched)
         return call
@@ -171,14 +181,18 @@ def quiet() -> bool:
     )
 
 
-def describe(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]] | None:
+def describe(args: Sequence[Any], gradients: bool = True) -> tuple[tuple[Any, ...], list[int]] | None:
     """All that an operator's launches follow from, but the addresses of its tensors, and these.
+
+    Args:
+        args: the operator's.
+        gradients: whether they would still be torch's to see to.
 
     Returns:
         `(signature, addresses)`; None where torch would do more than to launch: for gradients, subclasses, and views
         that stand for other numbers than their memory.
     """
-    differentiated = torch.is_grad_enabled()
+    differentiated = gradients and torch.is_grad_enabled()
     signature: list[Any] = [allows_tf32()]
     addresses = []
     for value in args:
@@ -212,8 +226,7 @@ def autocast(x: Tensor, *tensors: Tensor | None, to: torch.dtype | None = None) 
         return (x, *tensors)
     dtype = to or torch.get_autocast_dtype(kind)
     return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
-        for t in (x, *tensors)
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)
     )
 
 

@@ -26,12 +26,33 @@ def cuda() -> ctypes.CDLL:
     """The driver that Triton loaded."""
     library = ctypes.CDLL("libcuda.so.1")
     unsigned, pointer = ctypes.c_uint, ctypes.c_void_p
-    library.cuLaunchKernel.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
+    library.cuLaunchKernelEx.argtypes = [pointer, pointer, pointer, pointer]
     library.cuTensorMapEncodeTiled.argtypes = [
         *(pointer, ctypes.c_int, unsigned, pointer, pointer, pointer, pointer, pointer),
         *[ctypes.c_int] * 4,
     ]
     return library
+
+
+class _Attribute(ctypes.Structure):
+    """CUDA's CUlaunchAttribute with a value that is one number."""
+
+    _fields_ = (("id", ctypes.c_uint64), ("value", ctypes.c_uint), ("rest", ctypes.c_uint * 15))
+
+
+class _Config(ctypes.Structure):
+    """CUDA's CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    )
+
+
+# programmatic stream serialization: the launch may begin before the previous kernel has ended
+_EARLY = _Attribute(6, 1)
 
 
 def _raise(status: int, what: str) -> None:
@@ -91,19 +112,27 @@ class Kernel:
         function: CUDA's handle.
         grid: three sizes.
         threads, shared: of a program; shared memory in bytes.
+        early: it may be launched before the previous kernel has ended.
         parameters: in order: bytes, `(source, offset)` of a pointer or `(source, offset, map)` of a tensor map, where
             a source is the number of one of the call's tensors or, behind them, of an allocation.
     """
 
     def __init__(
-        self, name: str, function: int, grid: tuple[int, ...], threads: int, shared: int, parameters: Sequence[Any]
+        self,
+        name: str,
+        function: int,
+        grid: tuple[int, ...],
+        threads: int,
+        shared: int,
+        early: bool,
+        parameters: Sequence[Any],
     ) -> None:
-        self.name, self.function, self.sizes = name, function, (*grid, threads, 1, 1, shared)
+        self.name, self.function, self.early, self.sizes = name, function, early, (*grid, threads, 1, 1, shared)
         self.sources = sorted({parameter[0] for parameter in parameters if isinstance(parameter, tuple)})
         self._maps: list[tuple[int, int, int, TensorMap]] = []
         self._pointers: list[tuple[int, int, int]] = []
         self._places: list[int] = []
-        self._packed: dict[Any, tuple[int, Any, Any]] = {}
+        self._packed: dict[Any, tuple[int, int, Any]] = {}
         content = bytearray()
         for parameter in parameters:
             is_map = len(parameter) in (3, TENSOR_MAP)
@@ -127,14 +156,14 @@ class Kernel:
     def launch(self, addresses: Sequence[int], stream: int, driver: Callable[..., int]) -> None:
         """Launch with the sources at these addresses."""
         where = self._pick(addresses)
-        packed = self._packed.get(where)
+        packed = self._packed.get((stream, where))
         if packed is None:
-            packed = self._pack(where)
-        if status := driver(self.function, *self.sizes, stream, packed[0], None):
+            packed = self._pack(stream, where)
+        if status := driver(packed[0], self.function, packed[1], None):
             _raise(status, f"launching {self.name}")
 
-    def _pack(self, where: tuple[int, ...]) -> tuple[int, Any, Any]:
-        """The address of CUDA's array of pointers to the parameters, the array, and the memory they point into."""
+    def _pack(self, stream: int, where: tuple[int, ...]) -> tuple[int, int, Any]:
+        """Addresses of CUDA's launch configuration and of its array of pointers to the parameters; what they are in."""
         memory = ctypes.create_string_buffer(len(self._content) + 64)
         start = _aligned(memory)
         ctypes.memmove(start, self._content, len(self._content))
@@ -145,8 +174,9 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(self._places))(*[start + place for place in self._places])
         if len(self._packed) >= _ADDRESSES:
             self._packed.clear()
-        # the last two stand there so that they live as long
-        packed = self._packed[where] = ctypes.addressof(pointers), pointers, memory
+        config = _Config(*self.sizes, stream, ctypes.addressof(_EARLY), int(self.early))
+        alive = config, pointers, memory
+        packed = self._packed[stream, where] = ctypes.addressof(config), ctypes.addressof(pointers), alive
         return packed
 
 
@@ -191,7 +221,7 @@ class Recipe:
         """
         device = self.device
         made: list[Any] = []
-        stream, driver = current_stream(device.index), cuda().cuLaunchKernel
+        stream, driver = current_stream(device.index), cuda().cuLaunchKernelEx
         for allocation, kernel, done in self._steps:
             if kernel is None:
                 shape, stride, dtype, zeroed = allocation

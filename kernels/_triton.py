@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_wait
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
@@ -22,12 +23,21 @@ except ImportError:
             def __getitem__(self, grid: Any) -> Any:
                 raise RuntimeError("Triton is not installed: vitfast.kernels needs it for tensors on a GPU")
 
-        triton = SimpleNamespace(jit=lambda fn: _Unlaunched())
+        triton = SimpleNamespace(jit=lambda fn=None, **options: _Unlaunched() if fn else lambda fn: _Unlaunched())
         tl = SimpleNamespace(constexpr=Any)
         TensorDescriptor = None
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "TensorDescriptor", "add_dot", "cdiv", "next_power_of_2", "tl", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "TensorDescriptor",
+    "add_dot",
+    "cdiv",
+    "next_power_of_2",
+    "tl",
+    "triton",
+    "wait_for_previous",
+]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -50,3 +60,11 @@ def add_dot(x, y, acc, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(x, y, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def wait_for_previous(EARLY: tl.constexpr):
+    # A kernel with EARLY is launched while the previous one ends. It touches no memory until that one has ended, and by
+    # that all before it. None lets the next one start sooner: of two programs on a multiprocessor each is slower
+    if EARLY:
+        gdc_wait()

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import Key, arch, lookup, sm_count
+from ._config import Key, arch, early, lookup, sm_count
 from ._launch import launch
 from ._op import autocast, check_same_dtype, check_tensors, dot_precision, kernel_op
-from ._triton import add_dot, cdiv, next_power_of_2, tl, triton
+from ._triton import add_dot, cdiv, next_power_of_2, tl, triton, wait_for_previous
 
 MAX_HEAD_DIM = 256
 
@@ -185,7 +185,9 @@ def _attention_fwd_kernel(
     GRID_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     # with a grid, bias_ptr is BEiT's table: stride_bias_n is its rows', stride_bias_h its columns'
     # programs of one head are neighbours, so that its K and V stay in L2
     tiles_m = tl.cdiv(N, BLOCK_M)
@@ -295,7 +297,9 @@ def _attention_resident_kernel(
     PART_1: tl.constexpr,
     PART_2: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     # K and V of one head stay in shared memory, in up to three parts, while `programs` programs walk over its queries;
     # scale_log2 is the scale's absolute value
     part = tl.program_id(0) % programs
@@ -565,6 +569,7 @@ def launch_attention(
         "D": d,
         "D_MAIN": d_main,
         "BLOCK_M": config.block_m,
+        "EARLY": early(q.device),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

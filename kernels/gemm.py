@@ -8,10 +8,10 @@ STATS_WIDTH columns; `norm_linear.py` says what for.
 Two kernels, one epilogue. From sm_90 on: persistent programs, operands through tensor descriptors (TMA), the tile loop
 flattened into the K loop so that the next tile's loads start before the previous epilogue ends. Elsewhere, and where a
 descriptor cannot describe a tensor (rows not 16-byte aligned, exact fp32): one tile per program, `cp.async` pipeline.
-The second one also splits K, for a few rows of a long K: ViT-B/16's fc2 at batch 1 has 48 tiles of 64 x 64 for 132
-multiprocessors, each of which reads 786 KB; in three parts 144 programs read 262 KB each. The parts' sums are added in
-their own order by whichever program comes last, so that the result does not depend on timing. A third route is torch's
-own GEMM; a tuned config may choose it for a 16-bit shape.
+The second one also splits K, for a few rows of a long K: ViT-B/16's fc2 at batch 1 has 48 tiles of 64 x 64 for an
+A100's 108 multiprocessors, each of which reads 786 KB; in three parts 144 programs read 262 KB each. A kernel of its
+own adds the parts' sums in their order, so that the result does not depend on timing, and runs the epilogue. A third
+route is torch's own GEMM; a tuned config may choose it for a 16-bit shape.
 
 Source: the order of tiles for L2 reuse is that of Triton's matrix multiplication tutorial. Statistics of groups are
 merged by Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
@@ -24,12 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import Key, arch, has_library, lookup, sm_count
+from ._config import Key, arch, early, has_library, lookup, sm_count
 from ._launch import launch
 from ._op import dense, dot_precision, flatten_rows
-from ._triton import TensorDescriptor, add_dot, cdiv, next_power_of_2, tl, triton
+from ._triton import TensorDescriptor, add_dot, cdiv, next_power_of_2, tl, triton, wait_for_previous
 from .activation import activate_ref
 from .epilogue import STATS_WIDTH, before_residual, merge_stats, store_stats, tile_ids
+
+
+# No kernel is compiled anew for another number of rows: its divisors, and whether the second half of the statistics is
+# aligned, which follows from it, gain nothing.
+_SECOND = ["squares_ptr", "y_squares_ptr"]
 
 
 @triton.jit
@@ -56,7 +61,7 @@ def _epilogue(
     return acc.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=_SECOND)
 def _linear_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -70,7 +75,6 @@ def _linear_fwd_kernel(
     y_means_ptr,
     y_squares_ptr,
     partials_ptr,
-    tickets_ptr,
     M,
     N,
     K,
@@ -87,6 +91,7 @@ def _linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tile = tl.program_id(0)
     tile_m, tile_n = tile_ids(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -100,6 +105,7 @@ def _linear_fwd_kernel(
         each = tl.cdiv(k_tiles, SPLIT_K)
         first = tl.program_id(1) * each
         last = tl.minimum(first + each, k_tiles)
+    wait_for_previous(EARLY)
     ks = first * BLOCK_K + tl.arange(0, BLOCK_K)
     # rows and columns past the end read row 0: cheaper than a mask, and the store drops what they give
     x_ptrs = x_ptr + tl.where(rows < M, rows, 0)[:, None] * stride_xm + ks[None, :]  # [BLOCK_M, BLOCK_K]
@@ -113,19 +119,11 @@ def _linear_fwd_kernel(
         acc = add_dot(x, w, acc, PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    is_last = True
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
     if SPLIT_K > 1:
-        parts = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
-        parts += tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(parts + tl.program_id(1) * (BLOCK_M * BLOCK_N), acc)
-        # every thread's part is stored before one thread says so
-        tl.debug_barrier()
-        is_last = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
-    if is_last:
-        if SPLIT_K > 1:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for part in range(SPLIT_K):
-                acc += tl.load(parts + part * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+        part = partials_ptr + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(part + rows[:, None] * N + cols[None, :], acc, mask=mask)
+    else:
         mean = None
         rstd = None
         if means_ptr is not None:
@@ -134,13 +132,61 @@ def _linear_fwd_kernel(
             acc, mean, rstd, colsum_ptr, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm,
             ACTIVATION, y_ptr.dtype.element_ty,
         )  # fmt: skip
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
         tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
         if y_means_ptr is not None:
             store_stats(y, y_means_ptr, y_squares_ptr, rows, tile_n * BLOCK_N, M, N, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=_SECOND)
+def _sum_parts_kernel(
+    partials_ptr,
+    bias_ptr,
+    residual_ptr,
+    scale_ptr,
+    means_ptr,
+    squares_ptr,
+    colsum_ptr,
+    y_ptr,
+    y_means_ptr,
+    y_squares_ptr,
+    M,
+    N,
+    K,
+    stride_rm,
+    eps,
+    ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    # the epilogue of a GEMM whose K was split; partials: [SPLIT_K, M, N] fp32, added in their own order
+    wait_for_previous(EARLY)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    col = tl.program_id(0) % tiles_n * BLOCK_N
+    rows = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col.to(tl.int64) + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    at = rows[:, None] * N + cols[None, :]
+    acc = tl.load(partials_ptr + at, mask=mask, other=0.0)
+    for part in tl.static_range(1, SPLIT_K):
+        acc += tl.load(partials_ptr + part * M.to(tl.int64) * N + at, mask=mask, other=0.0)
+    mean = None
+    rstd = None
+    if means_ptr is not None:
+        mean, rstd = merge_stats(means_ptr, squares_ptr, rows, tl.arange(0, GROUPS), M, K, eps, WIDTH)
+    y = _epilogue(
+        acc, mean, rstd, colsum_ptr, bias_ptr, scale_ptr, residual_ptr, rows, cols, M, N, stride_rm,
+        ACTIVATION, y_ptr.dtype.element_ty,
+    )  # fmt: skip
+    tl.store(y_ptr + at, y, mask=mask)
+    if y_means_ptr is not None:
+        store_stats(y, y_means_ptr, y_squares_ptr, rows, col, M, N, WIDTH)
+
+
+@triton.jit(do_not_specialize=["M", "n_programs"], do_not_specialize_on_alignment=_SECOND)
 def _linear_fwd_tma_kernel(
     x_desc,
     weight_desc,
@@ -168,11 +214,13 @@ def _linear_fwd_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     STORE_N: tl.constexpr = BLOCK_N // 2 if SUBTILE else BLOCK_N
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first = tl.program_id(0)
+    wait_for_previous(EARLY)
     # the epilogue counts its tiles itself: with that the flattened loop has no edge from prologue to epilogue
     done = first
     for tile in tl.range(first, tiles_m * tiles_n, n_programs, flatten=True):
@@ -208,7 +256,7 @@ def _linear_fwd_tma_kernel(
                 store_stats(y, y_means_ptr, y_squares_ptr, rows, col, M, N, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["squares_ptr", "rstd_ptr"])
 def _merge_stats_kernel(
     means_ptr,
     squares_ptr,
@@ -220,7 +268,9 @@ def _merge_stats_kernel(
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mean, rstd = merge_stats(means_ptr, squares_ptr, rows, tl.arange(0, GROUPS), M, K, eps, WIDTH)
     tl.store(mean_ptr + rows, mean, mask=rows < M)
@@ -256,7 +306,12 @@ class Config:
 def heuristic(
     m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torch.dtype, arch: int, tma: bool, sms: int, pingpong: bool
 ) -> Config:
-    """Tiles from the shape alone: the largest that still give every multiprocessor one; a long K is split for that.
+    """Tiles from the shape alone.
+
+    In the pointer kernel the largest that still give every multiprocessor one; a long K is split for that. In the
+    descriptor kernel, of which a multiprocessor runs one program, those with which the busiest one reads least. On an
+    H200, for ViT-B/16's GEMMs at batch 1 and 8 that are not ping-pong's, these were the fastest of 45 to 105 configs or
+    within 5 % of it.
 
     Args:
         m, n, k: the GEMM's sizes.
@@ -267,27 +322,34 @@ def heuristic(
         sms: number of multiprocessors.
         pingpong: the kernel of `pingpong.py` can compute it.
     """
-    large = cdiv(m, 128) * cdiv(n, 128) >= sms
+    tiles = cdiv(m, 128) * cdiv(n, 128)
+    large = tiles >= sms
     if dtype == torch.float32:
         if tma and arch != 120:
             return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True)
         return Config(64, 64, 32, 8, num_warps=4, num_stages=3)
+    # a tile of fp32 output takes twice the shared memory: store it in halves
+    wide = out_dtype == torch.float32
+    # two tiles for every multiprocessor, one of which is multiplied while the other is finished
+    if pingpong and tiles >= 2 * sms:
+        return Config(128, 128, 64, 16, num_warps=4, num_stages=5, tma=True, pingpong=True)
+    if tma and arch != 120:
+        block_m, block_n = min(
+            ((128, 128), (64, 128), (64, 64)),
+            key=lambda tile: cdiv(cdiv(m, tile[0]) * cdiv(n, tile[1]), sms) * sum(tile),
+        )
+        if block_m == 128:
+            return Config(128, 128, 64, 8, num_warps=8, num_stages=4, tma=True, subtile=wide)
+        return Config(64, block_n, 128, 8, num_warps=4, num_stages=4, tma=True, subtile=wide and block_n == 128)
     if tma and large:
-        # a tile of fp32 output takes twice the shared memory: store it in halves
-        wide = out_dtype == torch.float32
-        # two tiles for every multiprocessor, one of which is multiplied while the other is finished
-        if pingpong and cdiv(m, 128) * cdiv(n, 128) >= 2 * sms:
-            return Config(128, 128, 64, 16, num_warps=4, num_stages=5, tma=True, pingpong=True)
         # sm_120 has the copy engine, but 99 KiB of shared memory for a block instead of 227
-        if arch == 120:
-            return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True, subtile=wide)
-        return Config(128, 128, 64, 8, num_warps=8, num_stages=4, tma=True, subtile=wide)
+        return Config(128, 128, 32, 8, num_warps=8, num_stages=3, tma=True, subtile=wide)
     small = cdiv(m, 64) * cdiv(n, 64)
     # each part keeps at least 16 rounds of the K loop: below that, adding the parts costs what splitting gains
     if (split_k := min(4, cdiv(sms, small), k // 1024)) > 1 and not large:
         return Config(64, 64, 64, 8, num_warps=4, num_stages=3, split_k=split_k)
     if tma:
-        return Config(64, 64, 64, 8, num_warps=4, num_stages=3 if arch == 120 else 5, tma=True)
+        return Config(64, 64, 64, 8, num_warps=4, num_stages=3, tma=True)
     if large:
         return Config(128, 128, 32, 8, num_warps=8, num_stages=4 if arch in (80, 90, 100) else 3)
     return Config(64, 64, 64, 8, num_warps=4, num_stages=3)
@@ -403,7 +465,7 @@ def launch_gemm(
         "K": k,
         "ACTIVATION": activation,
         "WIDTH": STATS_WIDTH,
-        "GROUP_M": config.group_m,
+        "EARLY": early(x.device),
     }
     groups = 1 if stats is None else next_power_of_2(stats.shape[-1])
     if config.pingpong:
@@ -425,10 +487,12 @@ def launch_gemm(
                 WIDTH=STATS_WIDTH,
                 GROUPS=groups,
                 BLOCK_M=block_m,
+                EARLY=early(x.device),
                 num_warps=4,
             )
         common |= {"mean_ptr": mean, "rstd_ptr": rstd}
-        launch_pingpong(x2d, weight, y2d, residual, programs=min(sms, tiles), num_stages=config.num_stages, **common)
+        common |= {"GROUP_M": config.group_m, "num_stages": config.num_stages}
+        launch_pingpong(x2d, weight, y2d, residual, programs=min(sms, tiles), **common)
         return y
     common |= {
         "means_ptr": means,
@@ -437,7 +501,10 @@ def launch_gemm(
         "GROUPS": groups,
         "residual_ptr": residual,
         "stride_rm": 0 if residual is None else residual.stride(0),
+    }
+    tile = {
         "PRECISION": precision,
+        "GROUP_M": config.group_m,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -455,13 +522,12 @@ def launch_gemm(
             n_programs=programs,
             SUBTILE=config.subtile,
             **common,
+            **tile,
         )
         return y
-    partials = tickets = None
+    partials = None
     if config.split_k > 1:
-        size = tiles * config.split_k * config.block_m * config.block_n
-        partials = torch.empty(size, dtype=torch.float32, device=x.device)
-        tickets = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+        partials = torch.empty((config.split_k, m, n), dtype=torch.float32, device=x.device)
     launch(
         _linear_fwd_kernel,
         (tiles, config.split_k),
@@ -469,10 +535,23 @@ def launch_gemm(
         weight_ptr=weight,
         y_ptr=y2d,
         partials_ptr=partials,
-        tickets_ptr=tickets,
         stride_xm=x2d.stride(0),
         stride_wn=weight.stride(0),
         SPLIT_K=config.split_k,
         **common,
+        **tile,
     )
+    if config.split_k > 1:
+        block_m = 8
+        launch(
+            _sum_parts_kernel,
+            (cdiv(m, block_m) * cdiv(n, 2 * STATS_WIDTH),),
+            partials_ptr=partials,
+            y_ptr=y2d,
+            BLOCK_M=block_m,
+            BLOCK_N=2 * STATS_WIDTH,
+            SPLIT_K=config.split_k,
+            num_warps=4,
+            **common,
+        )
     return y

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._config import Key, lookup
+from ._config import Key, early, lookup
 from ._launch import launch
 from ._op import autocast, check_shape, check_tensors, dense, flatten_rows, kernel_op
-from ._triton import cdiv, next_power_of_2, tl, triton
+from ._triton import cdiv, next_power_of_2, tl, triton, wait_for_previous
 
 MAX_WIDTH = 16384
 """Widest row a kernel holds in registers; a wider one has no use in a ViT and is refused."""
@@ -36,9 +36,7 @@ def _affine_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torc
     return next((t.dtype for t in (weight, bias) if t is not None), x.dtype)
 
 
-def layer_norm_ref(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, rstd)` in torch's own calls; the statistics are at least fp32."""
     dtype = x.dtype
     # torch's backward on CUDA takes one dtype alone
@@ -75,7 +73,7 @@ def _normalize(x, row_mask, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, rows, cols
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -89,7 +87,9 @@ def _layer_norm_fwd_kernel(
     eps,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     row_mask = rows < n_rows
@@ -99,7 +99,7 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * D + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _add_layer_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -117,7 +117,9 @@ def _add_layer_norm_fwd_kernel(
     eps,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     row_mask = rows < n_rows
@@ -140,24 +142,26 @@ class Config:
     num_warps: int
 
 
-@functools.lru_cache(maxsize=4096)
-def heuristic(rows: int, width: int, dtype: torch.dtype, arch: int) -> Config:
+@functools.cache
+def heuristic(tile: int) -> Config:
     """16 elements per thread: two 16-byte loads in 16-bit, four in fp32, all in flight before the first use.
 
-    Short rows share a program so that it has at least 4 warps' worth of work; the architecture makes no difference to
-    a kernel that only streams.
+    Short rows share a program so that it has at least 4 warps' worth of work, also where there are fewer, so that another
+    batch compiles nothing. Neither dtype nor architecture makes a difference to a kernel that only streams.
+
+    Args:
+        tile: elements that a row takes in a program.
     """
-    tile = next_power_of_2(width)
-    block_m = max(1, min(2048 // tile, next_power_of_2(rows)))
+    block_m = max(1, 2048 // tile)
     return Config(block_m, num_warps=max(1, min(16, block_m * tile // 512)))
 
 
-def launch_config(op: str, x: Tensor) -> tuple[int, Config]:
+def launch_config(op: str, x: Tensor, least: int = 1) -> tuple[int, Config]:
+    """Number of rows, and the config; `least` is that of the elements that a row takes."""
     width = x.shape[-1]
     rows = x.numel() // width
     key = Key(op, (("rows", rows), ("width", width)), x.dtype)
-    # one arch for all: `heuristic` documents why
-    return rows, lookup(key, x.device, Config, lambda: heuristic(rows, width, x.dtype, 0))
+    return rows, lookup(key, x.device, Config, lambda: heuristic(max(least, next_power_of_2(width))))
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,15 +232,14 @@ def launch_layer_norm(
             eps=eps,
             BLOCK_M=config.block_m,
             BLOCK_D=next_power_of_2(width),
+            EARLY=early(x.device),
             num_warps=config.num_warps,
         )
     return y, mean, rstd
 
 
 @kernel_op("vitfast::layer_norm", reference=layer_norm_ref, check=_check_layer_norm)
-def _layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return launch_layer_norm(x, weight, bias, eps)
 
 
@@ -269,6 +272,7 @@ def _add_layer_norm(
             eps=eps,
             BLOCK_M=config.block_m,
             BLOCK_D=next_power_of_2(width),
+            EARLY=early(x.device),
             num_warps=config.num_warps,
         )
     return total, y, mean, rstd
@@ -380,4 +384,3 @@ def add_layer_norm(
         x, residual, weight, bias, scale = autocast(x, residual, weight, bias, scale, to=dtype)
     total, y, _, _ = _add_layer_norm(x, residual, weight, bias, eps, scale)
     return total, y
-

@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._config import early
 from ._launch import launch
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, flatten_rows, kernel_op
-from ._triton import cdiv, next_power_of_2, tl, triton
+from ._triton import cdiv, next_power_of_2, tl, triton, wait_for_previous
 from .epilogue import STATS_WIDTH, store_stats
 from .gemm import launch_gemm
 from .layer_norm import MAX_WIDTH, launch_config, launch_layer_norm, layer_norm_ref, norm_gradients
@@ -82,7 +83,7 @@ def norm_linear_ref(
     return linear_ref(layer_norm_ref(x, norm_weight, norm_bias, eps)[0], weight, bias, activation, None, None, tf32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["squares_ptr"])
 def _row_stats_fwd_kernel(
     x_ptr,
     means_ptr,
@@ -93,7 +94,9 @@ def _row_stats_fwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < n_rows)[:, None] & (cols < D)[None, :]
@@ -184,7 +187,7 @@ def _empty_stats(x: Tensor, width: int) -> Tensor:
 def _row_stats(x: Tensor) -> Tensor:
     stats = _empty_stats(x, x.shape[-1])
     if x.numel():
-        rows, config = launch_config("row_stats", x)
+        rows, config = launch_config("row_stats", x, STATS_WIDTH)
         width, x = x.shape[-1], flatten_rows(x)
         launch(
             _row_stats_fwd_kernel,
@@ -198,6 +201,7 @@ def _row_stats(x: Tensor) -> Tensor:
             WIDTH=STATS_WIDTH,
             BLOCK_M=config.block_m,
             BLOCK_D=max(STATS_WIDTH, next_power_of_2(width)),
+            EARLY=early(x.device),
             num_warps=config.num_warps,
         )
     return stats

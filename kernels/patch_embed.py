@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import Key, arch, lookup
+from ._config import Key, arch, early, lookup
 from ._launch import launch
 from ._op import autocast, check_same_dtype, check_shape, check_tensors, dense, dot_precision, kernel_op
-from ._triton import add_dot, cdiv, tl, triton
+from ._triton import add_dot, cdiv, tl, triton, wait_for_previous
 
 
 def normalize_ref(pixels: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -75,7 +75,7 @@ def patch_embed_ref(
     return x.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_patches_total"])
 def _patch_embed_fwd_kernel(
     pixels_ptr,
     weight_ptr,
@@ -104,7 +104,9 @@ def _patch_embed_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     K: tl.constexpr = C * P * Q
     tiles_n = tl.cdiv(D, BLOCK_N)
     # the column tiles of one row tile are neighbours: they read the same pixels
@@ -332,6 +334,7 @@ def _patch_embed(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        EARLY=early(pixels.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

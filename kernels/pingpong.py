@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._launch import launch
+from ._triton import wait_for_previous
 from .epilogue import before_residual, tile_ids
 
 # Triton has renamed them between 3.7 and 3.9
@@ -200,6 +201,7 @@ def _linear_fwd_pingpong_kernel(
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -221,6 +223,7 @@ def _linear_fwd_pingpong_kernel(
         mbarrier.init(turn.index(i), count=1)
     # the first consumer's first turn
     mbarrier.arrive(turn.index(0), count=1)
+    wait_for_previous(EARLY)
     descs = (x_desc, weight_desc, y_desc, residual_desc)
     buffers = (x_ring, w_ring, outs)
     bars = (full, empty, residual_full, residual_empty, turn)

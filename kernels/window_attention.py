@@ -40,10 +40,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import Key, arch, lookup, sm_count
+from ._config import Key, arch, early, lookup, sm_count
 from ._launch import launch
 from ._op import autocast, check_shape, check_tensors, dense, dot_precision, kernel_op
-from ._triton import cdiv, next_power_of_2, tl, triton
+from ._triton import cdiv, next_power_of_2, tl, triton, wait_for_previous
 from .attention import MAX_HEAD_DIM, attention_gradients, split_head_dim
 
 
@@ -190,7 +190,7 @@ def _scores(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _window_attention_fwd_kernel(
     qkv_ptr,
     table_ptr,
@@ -220,7 +220,9 @@ def _window_attention_fwd_kernel(
     D_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     # programs of one window are neighbours: its tokens' heads share cache lines, its tiles of queries K and V
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = scale_ptr is not None
@@ -454,6 +456,7 @@ def _window_attention(
         D_TAIL=d_tail,
         BLOCK_M=config.block_m,
         BLOCK_S=config.block_s,
+        EARLY=early(qkv.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

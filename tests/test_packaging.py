@@ -267,7 +267,6 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-
 def test_vitfast_and_kernels_import_nothing_of_benchmarks() -> None:
     for path in (path for folder in ("kernels", "vitfast") for path in (ROOT / folder).rglob("*.py")):
         taken = [name for name in imports(path) if "benchmarks" in name.split(".")]

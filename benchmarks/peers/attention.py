@@ -66,7 +66,6 @@ def _flex(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]]
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
-
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 

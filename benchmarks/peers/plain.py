@@ -137,6 +137,11 @@ def max_autotune_missing(workload: Workload, device: torch.device) -> str | None
     return None if device.type == "cuda" else "max-autotune is measured on CUDA only"
 
 
+def needs_cuda(what: str) -> Callable[[Workload, torch.device], str | None]:
+    """For peers that are measured on CUDA alone."""
+    return lambda workload, device: None if device.type == "cuda" else f"{what} needs a CUDA device"
+
+
 def _eager(workload: Workload, device: torch.device) -> Callable[[dict[str, Any]], Tensor]:
     if workload.op in MODULES:
         module = plain_module(workload, device)
@@ -170,6 +175,7 @@ def _compiled(mode: str | None) -> Callable[[Workload, torch.device], Callable[[
 PEERS = (
     Peer("torch eager", OPS, never_missing, _eager),
     Peer("torch compiled", OPS, never_missing, _compiled(None)),
+    Peer("torch compiled +graph", GRAPHED, needs_cuda("a CUDA graph"), _compiled("reduce-overhead")),
     Peer("torch max-autotune", OPS, max_autotune_missing, _compiled("max-autotune-no-cudagraphs")),
     Peer("torch max-autotune +graph", GRAPHED, max_autotune_missing, _compiled("max-autotune")),
 )

@@ -15,7 +15,7 @@ from vitfast.layers import KINDS
 from ..workloads.base import Workload
 from ..workloads.photos import MEAN, STD, Normalized
 from . import Peer
-from .plain import GRAPHED, KERNELS, MODULES, module_function, never_missing, plain_module
+from .plain import GRAPHED, KERNELS, MODULES, module_function, needs_cuda, never_missing, plain_module
 
 RUNGS: dict[str, frozenset[str]] = {
     "patch_embed": frozenset({"model", "train", "end_to_end"}),
@@ -58,10 +58,6 @@ def _rung(
     return build
 
 
-def _needs_cuda(what: str) -> Callable[[Workload, torch.device], str | None]:
-    return lambda workload, device: None if device.type == "cuda" else f"{what} needs a CUDA device"
-
-
 def _relative_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], tf32: bool) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return kernels.relative_attention(q, k, v, table, grid, tf32=tf32).transpose(1, 2).flatten(2)
@@ -85,15 +81,15 @@ _INFERENCE = MODULES - {"train"}
 PEERS = (
     Peer("vitfast", KERNELS, never_missing, _kernel),
     *(
-        Peer(f"vitfast +{kind}", ops, _needs_cuda("folding") if kind == "fold" else never_missing, _rung(kind))
+        Peer(f"vitfast +{kind}", ops, needs_cuda("folding") if kind == "fold" else never_missing, _rung(kind))
         for kind, ops in RUNGS.items()
     ),
     Peer("vitfast +compile", MODULES, never_missing, _rung(KINDS[-1], compile=True)),
-    Peer("vitfast +graph", _INFERENCE, _needs_cuda("a CUDA graph"), _rung(KINDS[-1], cuda_graph=True)),
+    Peer("vitfast +graph", _INFERENCE, needs_cuda("a CUDA graph"), _rung(KINDS[-1], cuda_graph=True)),
     Peer(
         "vitfast +compile +graph",
         GRAPHED,
-        _needs_cuda("a CUDA graph"),
+        needs_cuda("a CUDA graph"),
         _rung(KINDS[-1], compile=True, cuda_graph=True),
     ),
 )

@@ -30,6 +30,7 @@ CANDIDATES = {
     "ONNX Runtime": None,
     "torch eager": 0.40,
     "torch compiled": 0.50,
+    "torch compiled +graph": 0.51,
     "torch max-autotune": 0.53,
     "torch max-autotune +graph": 0.55,
     "timm eager": 0.38,

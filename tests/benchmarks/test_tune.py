@@ -23,6 +23,7 @@ from vitfast.cli.main import main
 from vitfast.clock import timing as measure
 from vitfast.kernels import INTERPRET, _config
 from vitfast.kernels._config import Key
+from vitfast.kernels._triton import next_power_of_2
 
 H100 = {"arch": 90, "shared": 227 * 1024, "sms": 132}
 A100 = {"arch": 80, "shared": 163 * 1024, "sms": 108}
@@ -49,8 +50,10 @@ def present(key: Key, arch: int, shared: int, sms: int) -> dict[str, Any]:
         config = file.heuristic(*sizes, key.dtype, key.dtype, arch, tma, sms, tma and arch == 90)
     elif key.op == "attention":
         config = file.heuristic(*sizes, key.dtype, "bias" in key.flags, arch)
-    else:
+    elif key.op == "patch_embed":
         config = file.heuristic(*sizes, key.dtype, arch)
+    else:
+        config = file.heuristic(next_power_of_2(sizes[1]))
     return asdict(config)
 
 

@@ -83,7 +83,13 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
   unsigned sizes[] = {config->gridDimX,  config->gridDimY,  config->gridDimZ,       config->blockDimX,
-                      config->blockDimY, config->blockDimZ, config->sharedMemBytes, config->numAttrs};
+                      config->blockDimY, config->blockDimZ, config->sharedMemBytes, 0};
+  for (unsigned i = 0; i < config->numAttrs; i++) {
+    if (config->attrs[i].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION ||
+        config->attrs[i].value.programmaticStreamSerializationAllowed != 1)
+      return CUDA_ERROR_INVALID_VALUE;
+    sizes[7] += 1;
+  }
   if (listener) listener(function, sizes, config->hStream, parameters);
   return CUDA_SUCCESS;
 }

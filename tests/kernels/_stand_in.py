@@ -52,6 +52,11 @@ class Launch:
     parameters: tuple[bytes, ...]
 
 
+def loaded() -> int:
+    """Number of compiled kernels that the driver has been given."""
+    return len(_KNOWN)
+
+
 class _Driver(nvidia.CudaDriver):
     def __init__(self) -> None:
         self.utils = nvidia.CudaUtils()

@@ -295,12 +295,10 @@ def test_interpreter_counts_as_two_multiprocessors_of_sm_80() -> None:
     assert (_config.arch(CPU), _config.sm_count(CPU)) == (80, 2)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 197, 50432])
-@pytest.mark.parametrize("width", [1, 67, 192, 768, 1280, 16384])
-def test_layer_norm_heuristic(rows: int, width: int) -> None:
-    heuristic = module("layer_norm").heuristic
-    config = heuristic(rows, width, torch.float16, 90)
-    assert config == heuristic(rows, width, torch.float16, 80)
+@pytest.mark.parametrize("tile", [1, 64, 128, 256, 1024, 2048, 16384])
+def test_layer_norm_heuristic(tile: int) -> None:
+    config = module("layer_norm").heuristic(tile)
+    assert config.block_m * tile <= max(2048, tile)
     for size in (config.block_m, config.num_warps):
         assert size >= 1 and size & (size - 1) == 0, config
     assert config.num_warps <= 16

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import statistics
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +19,7 @@ import vitfast
 import vitfast.kernels as kernels
 from tests.kernels._cases import CASES
 from tests.kernels._data import Case, Data
-from tests.kernels._stand_in import Launch, stand_in
+from tests.kernels._stand_in import STREAM, Launch, loaded, stand_in
 from vitfast.kernels import _config, _launch, _op, _recipe
 from vitfast.layers import backends
 
@@ -90,6 +93,8 @@ def _assert_prepared(op: str, calls: list[dict[str, Any]], launches: list[Launch
     assert None not in _launch._recipes.values()
     assert prepared == launches
     assert first == [launch.kernel for launch in launches]
+    # one attribute: each may be launched before the previous one has ended
+    assert all(launch.sizes[-1] == 1 for launch in launches)
     for ours, theirs in zip(by_recipe, by_triton, strict=True):
         assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
         assert ours.data_ptr() == theirs.data_ptr()
@@ -224,9 +229,35 @@ def test_a_refused_launch_and_a_refused_map_say_so(launches: list[Launch], monke
     arguments = {"x": torch.zeros(4, 64, dtype=torch.bfloat16), "weight": torch.zeros(32, 64, dtype=torch.bfloat16)}
     with torch.no_grad():
         kernels.linear(**arguments)
-        monkeypatch.setattr(_recipe.cuda(), "cuLaunchKernel", lambda *args: 700)
+        monkeypatch.setattr(_recipe.cuda(), "cuLaunchKernelEx", lambda *args: 700)
         with pytest.raises(RuntimeError, match="launching _linear_fwd_tma_kernel: CUDA error 700"):
             kernels.linear(**arguments)
+
+
+def test_each_stream_gets_its_own_launches(launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"x": torch.zeros(4, 64, dtype=torch.bfloat16), "weight": torch.zeros(32, 64, dtype=torch.bfloat16)}
+    with torch.no_grad():
+        kernels.linear(**arguments)
+        for stream in (STREAM, 9, STREAM):
+            monkeypatch.setattr(_recipe, "current_stream", lambda index, stream=stream: stream)
+            kernels.linear(**arguments)
+    assert [launch.stream for launch in launches] == [STREAM, STREAM, 9, STREAM]
+
+
+def test_behind_torch_library_launches_are_prepared_too(
+    launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # autograd and compiled code call the operator
+    file = sys.modules["vitfast.kernels.linear"]
+    launched: list[bool] = []
+    launch = file.launch_gemm
+    monkeypatch.setattr(file, "launch_gemm", lambda *args: launched.append(True) or launch(*args))
+    x = torch.zeros(4, 64, dtype=torch.bfloat16, requires_grad=True)
+    arguments = (x, torch.zeros(32, 64, dtype=torch.bfloat16), None, "none", None, None, False)
+    for _ in range(3):
+        file._linear.op._backend_fns["cuda"](*arguments)
+    assert len(launched) == 1
+    assert [launch.kernel for launch in launches] == ["_linear_fwd_tma_kernel"] * 3
 
 
 # whole models
@@ -283,6 +314,37 @@ def test_another_batch_and_back(model: Any) -> None:
     shapes = {n: _shape(_forward(net, launches, n)) for n in (2, 3)}
     for n in (3, 2, 3):
         assert _shape(_forward(net, launches, n)) == shapes[n]
+
+
+def test_another_batch_compiles_nothing(model: Any) -> None:
+    net, launches = model
+    _forward(net, launches, 3)
+    before = loaded()
+    for images in (1, 2, 5, 16, 48):
+        _forward(net, launches, images)
+        assert loaded() == before, f"batch {images}"
+
+
+def test_a_prepared_forward_costs_the_host_less(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, launches = model
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16)
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            net(pixels)
+        return time.perf_counter() - begin
+
+    def by_triton() -> float:
+        with monkeypatch.context() as patch:
+            for file in (_op, kernels._launch):
+                patch.setattr(file, "prepared", lambda function, args, *rest: function(*args))
+            return seconds()
+
+    for _ in range(3):
+        seconds(), by_triton()
+    ratios = sorted(by_triton() / seconds() for _ in range(30))
+    assert statistics.median(ratios) > 2, ratios
 
 
 def test_weights_that_move_are_read_where_they_are(model: Any) -> None:

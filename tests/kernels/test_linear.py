@@ -39,9 +39,7 @@ def test_numbers_of_a_large_batch(case: Case, dtype: torch.dtype, poisoned: None
 @pytest.mark.gpu
 @SIXTEEN_BITS
 @pytest.mark.parametrize("case", [case for case in GEMMS if not case.real], ids=str)
-def test_pingpong_of_any_size(
-    case: Case, dtype: torch.dtype, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pingpong_of_any_size(case: Case, dtype: torch.dtype, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = FILE.heuristic
 
     def heuristic(*args: Any) -> Any:
@@ -272,12 +270,26 @@ def test_heuristic_is_a_valid_config(arch: int, dtype: torch.dtype, m: int, n: i
 
 def test_a_long_k_is_split_where_tiles_are_few() -> None:
     def split(m: int, n: int, k: int) -> int:
-        return FILE.heuristic(m, n, k, torch.bfloat16, torch.bfloat16, 90, True, 132, True).split_k
+        return FILE.heuristic(m, n, k, torch.bfloat16, torch.bfloat16, 80, False, 132, False).split_k
 
     assert split(197, 768, 3072) == 3
     assert split(197, 1024, 4096) == 3
     assert split(197, 3072, 768) == split(50432, 768, 3072) == 1
     assert split(1, 1000, 768) == 1
+
+
+def test_the_busiest_multiprocessor_reads_least() -> None:
+    def tile(batch: int, n: int, k: int) -> tuple[int, int]:
+        config = FILE.heuristic(197 * batch, n, k, torch.bfloat16, torch.bfloat16, 90, True, 132, True)
+        assert config.tma and config.split_k == 1
+        return config.block_m, config.block_n
+
+    # 144 tiles of 64 x 64 are two for some of the 132, 72 of 64 x 128 one
+    assert tile(1, 2304, 768) == tile(1, 3072, 768) == (64, 128)
+    # 48 of 64 x 64
+    assert tile(1, 768, 768) == tile(1, 768, 3072) == (64, 64)
+    # 78 of 128 x 128; 300 of 64 x 64 are three for some
+    assert tile(8, 768, 768) == tile(8, 768, 3072) == (128, 128)
 
 
 @triton.jit

@@ -145,9 +145,7 @@ CASES = {
     "relative positions": Case(lambda: reference(pos_embed="relative"), by_softmax, 1),
     "timm": timm_case(3, qk_norm=True, reg_tokens=2),
     "BEiT": timm_case(1, "beit_base_patch16_224", init_values=0.1),
-    "BEiT, shared bias": timm_case(
-        1, "beit_base_patch16_224", use_rel_pos_bias=False, use_shared_rel_pos_bias=True
-    ),
+    "BEiT, shared bias": timm_case(1, "beit_base_patch16_224", use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
     "EVA-02": timm_case(1, "eva02_tiny_patch14_224"),
     "EVA-02, separate": timm_case(1, "eva02_base_patch14_224", qkv_fused=False, scale_attn_inner=True),
     "rotary ViT": timm_case(3, "vit_small_patch16_rope_224", num_reg_tokens=2),

@@ -21,6 +21,7 @@ from vitfast.reference.architectures import create_model, list_models
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+
 def assert_pixels(ours: Tensor, theirs: Tensor, spec: ImageSpec) -> None:
     """Their normalised floats are our bytes: half a step of a byte tells two of them apart."""
     assert ours.dtype == torch.uint8

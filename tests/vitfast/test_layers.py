@@ -76,9 +76,7 @@ def watch(model: nn.Module, name: str, seen: dict, *, before: bool = False) -> l
     ]
     # torch refuses backward hooks where the pixels need no gradient, and they clone what they are given
     if name not in ("", "patch_embed", "patch_embed.proj"):
-        handles.append(
-            module.register_full_backward_hook(lambda m, gin, gout: log.append(("backward", gin, gout)))
-        )
+        handles.append(module.register_full_backward_hook(lambda m, gin, gout: log.append(("backward", gin, gout))))
         handles.append(module.register_full_backward_pre_hook(lambda m, gout: log.append(("pre", gout))))
     return handles
 

@@ -39,9 +39,8 @@ def preprocess(images: Any, source: Any, *, device: torch.device | str | None = 
         FileNotFoundError: there is no such file.
     """
     spec = image_spec(source)
-    single = (
-        isinstance(images, (str, os.PathLike, Image.Image))
-        or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3)
+    single = isinstance(images, (str, os.PathLike, Image.Image)) or (
+        isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3
     )
     batch = [images] if single else list(images)
     where = batch[0].device if batch and isinstance(batch[0], Tensor) else torch.device("cpu")
