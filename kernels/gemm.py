@@ -31,7 +31,6 @@ from ._triton import TensorDescriptor, add_dot, cdiv, next_power_of_2, tl, trito
 from .activation import activate_ref
 from .epilogue import STATS_WIDTH, before_residual, merge_stats, store_stats, tile_ids
 
-
 # No kernel is compiled anew for another number of rows: its divisors, and whether the second half of the statistics is
 # aligned, which follows from it, gain nothing.
 _SECOND = ["squares_ptr", "y_squares_ptr"]

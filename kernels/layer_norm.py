@@ -146,8 +146,8 @@ class Config:
 def heuristic(tile: int) -> Config:
     """16 elements per thread: two 16-byte loads in 16-bit, four in fp32, all in flight before the first use.
 
-    Short rows share a program so that it has at least 4 warps' worth of work, also where there are fewer, so that another
-    batch compiles nothing. Neither dtype nor architecture makes a difference to a kernel that only streams.
+    Short rows share a program so that it has at least 4 warps' worth of work, also where there are fewer, so that
+    another batch compiles nothing. Neither dtype nor architecture makes a difference to a kernel that only streams.
 
     Args:
         tile: elements that a row takes in a program.

@@ -326,7 +326,7 @@ def test_another_batch_compiles_nothing(model: Any) -> None:
 
 
 def test_a_prepared_forward_costs_the_host_less(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, launches = model
+    net, _ = model
     pixels = torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16)
 
     def seconds() -> float:
