@@ -19,6 +19,7 @@ merged by Chan, Golub and LeVeque, "Algorithms for computing the sample variance
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -453,7 +454,7 @@ def launch_gemm(
     y_means, y_squares = (None, None) if y_stats is None else y_stats
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     # what all kernels take
-    common = {
+    common: dict[str, Any] = {
         "bias_ptr": dense(bias),
         "scale_ptr": dense(scale),
         "colsum_ptr": colsum,
