@@ -54,7 +54,10 @@ CUDA = $(eval CUDA := $(shell $(BIN)/python -c 'import torch; print("yes" if tor
 .PHONY: test
 test: $(STAMP)  ## run every test lane this machine can run
 	@echo "==> lane: reference and compile$(if $(CUDA),, (no CUDA device: the gpu tests are skipped))"
-	$(PYTEST) $(if $(CUDA),-m "not gpu") tests
+	$(PYTEST) $(if $(CUDA),-m "not gpu") --ignore tests/emulate tests
+	@echo "==> lane: emulate (compiled kernels on a CPU)"
+	@$(BIN)/python -m tests.emulate._library
+	$(PYTEST) tests/emulate
 	@echo "==> lane: interpret"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests
 	@echo "==> lane: benchmarks (a toy model on CPU; pytest-benchmark does not time in xdist's workers)"

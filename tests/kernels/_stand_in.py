@@ -83,6 +83,20 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
+def launch_cpu_tensors(patch: pytest.MonkeyPatch, active: Any, arch: int, multiprocessors: int) -> None:
+    """CPU tensors are a GPU's, whose driver for Triton is `active`."""
+    patch.setattr(driver, "_active", active)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vitfast.kernels"):
+            for attribute, value in (("arch", arch), ("sm_count", multiprocessors)):
+                if hasattr(module, attribute):
+                    patch.setattr(module, attribute, lambda device, value=value: value)
+    patch.setattr(_config, "_device_name", lambda device: None)
+    # but not by a proof, which computes
+    for module in (_op, kernels):
+        patch.setattr(module, "interprets", lambda: _op._called() is None)
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     """A fixture's body: CPU tensors are launched on an H100 that is not there, and launches fill the list."""
     if torch.cuda.is_available():
@@ -106,16 +120,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     _launch.forget()
     with monkeypatch.context() as patch:
         patch.setattr(CompiledKernel, "_init_handles", init_handles)
-        patch.setattr(driver, "_active", _Driver())
-        for name, module in list(sys.modules.items()):
-            if name.startswith("vitfast.kernels"):
-                for attribute, value in (("arch", 90), ("sm_count", MULTIPROCESSORS)):
-                    if hasattr(module, attribute):
-                        patch.setattr(module, attribute, lambda device, value=value: value)
-        patch.setattr(_config, "_device_name", lambda device: None)
-        # so that CPU tensors are launched, but not by a proof, which computes
-        for module in (_op, kernels):
-            patch.setattr(module, "interprets", lambda: _op._called() is None)
+        launch_cpu_tensors(patch, _Driver(), 90, MULTIPROCESSORS)
         patch.setattr(_launch, "current_device", lambda: None)
         patch.setattr(_recipe, "current_stream", lambda index: STREAM)
         library.stand_in_listen(listener)
