@@ -88,9 +88,13 @@ _overrides: dict[Key, Mapping[str, Any]] = {}
 _listeners: list[dict[Key, Any]] = []
 
 
+ARCHS = (80, 86, 89, 90, 100, 120)
+"""The compute capabilities that tiles are chosen for. One between two of them has what the lower one has, at least."""
+
+
 @functools.cache
 def arch(device: torch.device) -> int:
-    """Compute capability as one number: 80 for 8.0, 90 for 9.0.
+    """Compute capability as one of `ARCHS`: 80 for 8.0, 100 for 10.3 and 11.0, 120 for 12.1.
 
     What has neither wgmma nor a tensor copy engine counts as 80: the interpreter's CPU and AMD's GPUs, whose own
     numbering (9.4 for gfx942) means something else.
@@ -98,7 +102,7 @@ def arch(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return max((known for known in ARCHS if known <= 10 * major + minor), default=ARCHS[0])
 
 
 def early(device: torch.device) -> bool:

@@ -24,12 +24,14 @@ algorithm 1.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._config import Key, arch, early, lookup, sm_count
 from ._launch import launch
@@ -135,8 +137,13 @@ def _scores(
             bias_ptrs = bias_ptr + _relative_offsets(rows, keys, stride_bias_n, PREFIX, GRID_H, GRID_W)
         else:
             bias_ptrs = bias_ptr + rows[:, None] * stride_bias_n + keys[None, :] * stride_bias_s
-        bias = tl.load(bias_ptrs, mask=mask, other=0.0)
-        scores += bias.to(tl.float32) * 1.4426950408889634
+        bias = tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if GRID_W > 0:
+            scores += bias * 1.4426950408889634
+        else:
+            # the least number of a dtype, which libraries mask with, stays one: a row of it is a mean, one of -inf zero
+            least = tl.maximum(bias * 1.4426950408889634, -3.4028234663852886e38)
+            scores += tl.where(bias == float("-inf"), bias, least)
     return tl.where((keys < S)[None, :], scores, float("-inf"))
 
 
@@ -638,17 +645,24 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def attention_gradients(
     ctx: Any, grad: Tensor, needs: Sequence[bool], reference: Callable[..., Tensor]
 ) -> Iterator[Tensor | None]:
-    """Gradients of the saved tensors, where needed, by torch's own backward of `reference`."""
+    """Gradients of the saved tensors, where needed, by torch's own backward of `reference`.
+
+    Where they are to be differentiated again they are those of torch's plain attention, the one that can be.
+    """
     # torch's own attention once more, for its backward: it never holds the N x S probabilities
+    again = torch.is_grad_enabled()
     pairs = zip(ctx.saved_tensors, needs, strict=True)
-    leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in pairs]
-    # on CUDA torch keeps the softmax's denominators only where q, k or v needs a gradient
-    leaves[0].requires_grad_()
-    with torch.enable_grad():
-        out = reference(*leaves)
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    # of no images torch's attention leaves the bias out
-    grads = iter(torch.autograd.grad(out, wanted, grad, materialize_grads=True))
+    inputs: list[Any] = [
+        t if t is None else (t.view_as(t) if again else t.detach().requires_grad_(need)) for t, need in pairs
+    ]
+    if not again:
+        # on CUDA torch keeps the softmax's denominators only where q, k or v needs a gradient
+        inputs[0].requires_grad_()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if again else nullcontext():
+        out = reference(*inputs)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        # of no images torch's attention leaves the bias out
+        grads = iter(torch.autograd.grad(out, wanted, grad, materialize_grads=True, create_graph=again))
     return (next(grads) if need else None for need in needs)
 
 

@@ -43,7 +43,7 @@ def _attention(
     return Case("attention", name, make, ("q", "k", "v", *(["bias"] if bias else [])), real, **marks)
 
 
-def _masked(name: str, n: int, d: int, *, whole_rows: bool) -> Case:
+def _masked(name: str, n: int, d: int, *, whole_rows: bool, least: bool = False) -> Case:
     def make(data: Data, batch: int) -> Arguments:
         q, k, v = (data(batch, 2, n, d) for _ in range(3))
         mask = torch.zeros(n, n, dtype=data.dtype, device=data.device)
@@ -51,6 +51,8 @@ def _masked(name: str, n: int, d: int, *, whole_rows: bool) -> Case:
             mask[::3] = float("-inf")
         # the first tiles of keys hidden from some rows: the online softmax meets -inf before any number
         mask[1::3, : n - 3] = float("-inf")
+        if least:
+            mask.clamp_(min=torch.finfo(data.dtype).min)
         return {"q": q, "k": k, "v": v, "bias": mask}
 
     return Case("attention", name, make, ("q", "k", "v"))
@@ -92,6 +94,7 @@ ATTENTION = [
     _attention("bias-one", 2, 31, 16, bias=(1,)),
     _masked("masked", 37, 16, whole_rows=False),
     _masked("masked-rows", 37, 16, whole_rows=True),
+    _masked("masked-rows-least", 37, 16, whole_rows=True, least=True),
     _attention("ViT-B-bias", 12, 197, 64, bias=(12, 197, 197), real=True, interpret=False, core=True),
     _attention("cross", 16, 1, 64, 257, real=True),
     _attention("pooling-d72", 16, 1, 72, 729, real=True, interpret=False),

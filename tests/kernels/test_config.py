@@ -291,6 +291,26 @@ def test_committed_files_are_of_this_form() -> None:
             config(**entry)
 
 
+@pytest.mark.parametrize(
+    ("capability", "counts_as"),
+    [
+        ((7, 5), 80),
+        ((8, 0), 80),
+        ((8, 7), 86),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 3), 100),
+        ((11, 0), 100),
+        ((12, 1), 120),
+    ],
+)
+def test_every_gpu_counts_as_one_that_has_tiles(
+    capability: tuple[int, int], counts_as: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _config.arch.__wrapped__(torch.device("cuda")) == counts_as
+
+
 def test_interpreter_counts_as_two_multiprocessors_of_sm_80() -> None:
     assert (_config.arch(CPU), _config.sm_count(CPU)) == (80, 2)
 
