@@ -283,8 +283,8 @@ def norm_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) by torch's own LayerNorm backward from the saved statistics."""
     dtype = _affine_dtype(x, weight, bias)
-    # torch's CPU kernel wants statistics in the other tensors' dtype, its CUDA kernel in fp32; a second derivative knows
-    # itself that they are x's
+    # torch's CPU kernel wants statistics in the other tensors' dtype, its CUDA kernel in fp32; second derivatives know
+    # that they are x's
     mean, rstd = (t.detach().to(torch.float32 if x.is_cuda else dtype) for t in (mean, rstd))
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy.to(dtype), x.to(dtype), x.shape[-1:], mean, rstd, weight, bias, wanted
